@@ -1,0 +1,228 @@
+"""LLM: offline generation in this process, with the engine the server uses.
+
+    from gqa_serve import LLM, SamplingParams
+
+    llm = LLM("demo")
+    for output in llm.generate(["The capital of France is"], SamplingParams(temperature=0, max_tokens=8)):
+        print(output.outputs[0].text)
+
+Owns an `Engine`, its tokenizer and chat template. Not thread safe: one call at a time.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from gqa_serve.config import EngineConfig, collect
+from gqa_serve.engine.chat_template import load_chat_template, normalise_messages
+from gqa_serve.engine.core import Engine
+from gqa_serve.engine.detokenizer import TextAssembler
+from gqa_serve.engine.model_runner import ModelRunner
+from gqa_serve.engine.request import (
+    EngineRequest,
+    FinishReason,
+    SamplingParams,
+    TokenLogprobs,
+    sampling_defaults,
+)
+from gqa_serve.engine.tokenizer import load_tokenizer
+from gqa_serve.engine.weights.hub import resolve_model
+from gqa_serve.errors import EngineStepError
+
+logger = logging.getLogger(__name__)
+
+Prompt = str | Sequence[int]
+
+
+@dataclass
+class CompletionOutput:
+    """One choice. `stop_reason` is the stop string or stop token id that ended it, if one did."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+
+
+@dataclass
+class RequestOutput:
+    """A prompt and its `n` choices."""
+
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    num_cached_tokens: int = 0
+
+
+@dataclass
+class _Choice:
+    """A choice under way."""
+
+    request: RequestOutput
+    output: CompletionOutput
+    assembler: TextAssembler
+
+
+class LLM:
+    """A model to generate with. `settings` are those of `EngineConfig`, sizes as numbers or as "2GiB".
+
+    Raises ModelError, ConfigError or CacheCapacityError if it can't be loaded.
+    """
+
+    def __init__(
+        self, model: str, *, chat_template: str | None = None, progress: bool = True, **settings: Any
+    ) -> None:
+        (config,) = collect([EngineConfig], {"model": model, **settings}, environ={})
+        path = resolve_model(
+            config.model,
+            revision=config.revision,
+            download_dir=config.download_dir,
+            offline=config.offline,
+            progress=progress,
+        )
+        self.tokenizer = load_tokenizer(path)
+        self.chat_template = load_chat_template(path, chat_template)
+        bar = LoadingBar() if progress else None
+        self.engine = Engine(ModelRunner(path, config, bar.update if bar else None), config)
+        self.default_sampling_params = SamplingParams(**sampling_defaults(self.engine.info.generation_config))
+        self._counter = 0
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Complete prompts (text, or token ids taken as they are), all in one continuous batch.
+
+        One `sampling_params` for all, or one for each; None is `default_sampling_params`. Raises RequestError,
+        before anything is computed, if a prompt or parameter can't be used.
+        """
+        listed = _as_list(prompts)
+        if sampling_params is None:
+            sampling_params = self.default_sampling_params
+        if isinstance(sampling_params, SamplingParams):
+            sampling_params = [sampling_params] * len(listed)
+        choices: dict[str, _Choice] = {}
+        specs: list[EngineRequest] = []
+        results = []
+        for prompt, params in zip(listed, sampling_params, strict=True):
+            ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+            result = RequestOutput(prompt if isinstance(prompt, str) else None, ids, [])
+            results.append(result)
+            for spec in self._specs(ids, params):
+                output = CompletionOutput(len(result.outputs))
+                result.outputs.append(output)
+                assembler = TextAssembler(self.tokenizer, spec.params, ids)
+                choices[spec.request_id] = _Choice(result, output, assembler)
+                specs.append(spec)
+        for _ in self._run(specs, choices):
+            pass
+        return results
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        sampling_params: SamplingParams | None = None,
+        **template_options: Any,
+    ) -> list[RequestOutput]:
+        """Answer one conversation or several; `template_options` go to the chat template."""
+        several = messages if messages and not isinstance(messages[0], Mapping) else [messages]
+        prompts = [self.encode_chat(conversation, **template_options) for conversation in several]  # type: ignore[arg-type]
+        return self.generate(prompts, sampling_params)
+
+    def chat_stream(
+        self, messages: Sequence[Mapping[str, Any]], sampling_params: SamplingParams | None = None
+    ) -> Iterator[str]:
+        """Answer one conversation, yielding text as it comes. Leaving the loop early ends the request."""
+        ids = self.encode_chat(messages)
+        params = sampling_params or self.default_sampling_params
+        (spec,) = self._specs(ids, params)
+        result = RequestOutput(None, ids, [CompletionOutput(0)])
+        choice = _Choice(result, result.outputs[0], TextAssembler(self.tokenizer, spec.params, ids))
+        yield from self._run([spec], {spec.request_id: choice})
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **template_options: Any) -> list[int]:
+        """Token ids of a conversation rendered by the chat template."""
+        plain = normalise_messages([dict(message) for message in messages], self.chat_template)
+        text = self.chat_template.render(plain, **template_options)
+        return self.tokenizer.encode(text, add_special_tokens=False, parse_special=True)
+
+    def _specs(self, ids: list[int], params: SamplingParams) -> list[EngineRequest]:
+        """One engine request per choice; those of one prompt share its blocks."""
+        self._counter += 1
+        name = f"llm-{self._counter}"
+        params.validate(self.engine.info.vocab_size)
+        fitted = params.fit(len(ids), self.engine.info.max_model_len)
+        return [
+            EngineRequest(
+                request_id=f"{name}-{index}",
+                prompt=ids,
+                params=fitted.for_choice(index),
+                group=name if params.n > 1 else None,
+            )
+            for index in range(params.n)
+        ]
+
+    def _run(self, specs: Iterable[EngineRequest], choices: dict[str, _Choice]) -> Iterator[str]:
+        """Step until every choice has ended, yielding text deltas; whatever happens, nothing stays queued."""
+        added: list[str] = []
+        try:
+            for spec in specs:
+                self.engine.add(spec)
+                added.append(spec.request_id)
+            while self.engine.has_work:
+                for output in self.engine.step():
+                    choice = choices[output.request_id]
+                    delta = choice.assembler.feed(output)
+                    if delta.error is not None:
+                        raise EngineStepError(delta.error)
+                    if delta.finish_reason is not None and output.finish_reason is None:
+                        self.engine.abort(output.request_id)  # a stop string matched
+                    result, into = choice.request, choice.output
+                    into.text += delta.text
+                    into.token_ids += delta.token_ids
+                    if delta.logprobs is not None:
+                        into.logprobs = (into.logprobs or []) + delta.logprobs
+                    into.finish_reason, into.stop_reason = delta.finish_reason, delta.stop_reason
+                    result.prompt_logprobs = output.prompt_logprobs or result.prompt_logprobs
+                    if into.index == 0:
+                        result.num_cached_tokens = output.num_cached_tokens
+                    yield delta.text
+        finally:
+            for request_id in added:
+                self.engine.abort(request_id)
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    if prompts and isinstance(prompts[0], int):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+class LoadingBar:
+    """A progress bar on standard error, shown only on a terminal."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        columns = (TextColumn("Loading weights"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._bar = Progress(*columns, console=Console(file=sys.stderr), disable=not sys.stderr.isatty())
+        self._task = self._bar.add_task("load")
+
+    def update(self, done: int, total: int) -> None:
+        """`done` of `total` tensors are loaded."""
+        if done == 1:
+            self._bar.start()
+        self._bar.update(self._task, completed=done, total=total)
+        if done == total:
+            self._bar.stop()

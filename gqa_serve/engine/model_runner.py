@@ -1,0 +1,197 @@
+"""ModelRunner: load, measure, warm up, execute a plan.
+
+Owns the model, its KV cache and the device they are on. Knows nothing of requests: `execute` takes ints
+and gives hidden states. Everything that can be wrong with a checkpoint or too small in a machine is found
+here, before the first request.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import psutil
+import torch
+
+from gqa_serve.config import EngineConfig
+from gqa_serve.engine.backends import create_backend
+from gqa_serve.engine.batch import ForwardBatch, PlanRow, StepPlan
+from gqa_serve.engine.kv_cache import KVCache, block_bytes
+from gqa_serve.engine.model_config import ModelConfig
+from gqa_serve.engine.models.loader import load_model
+from gqa_serve.engine.request import ModelInfo
+from gqa_serve.engine.weights.checkpoint import open_checkpoint
+from gqa_serve.errors import CacheCapacityError, ConfigError
+
+logger = logging.getLogger(__name__)
+
+# Shares of free memory the KV cache may take when --kv-cache-memory does not say. A CPU's memory is shared
+# with everything else on the machine; a GPU's is ours, but for fragmentation and temporary tensors.
+_CPU_MEMORY_SHARE = 0.5
+_GPU_MEMORY_SHARE = 0.9
+
+OnTensor = Callable[[int, int], None]
+"""Called with (tensors loaded, tensors in all)."""
+
+
+class ModelRunner:
+    """A loaded model over its KV cache. `path` is a directory or .gguf file (see `resolve_model`)."""
+
+    def __init__(self, path: Path, config: EngineConfig, on_tensor: OnTensor | None = None) -> None:
+        checkpoint = open_checkpoint(path)
+        self.config = ModelConfig.from_hf(checkpoint.raw_config, checkpoint.generation_config)
+        if config.max_model_len is not None:
+            self.config = self.config.with_max_model_len(config.max_model_len)
+        self.device = choose_device(config.device)
+        self.dtype = choose_dtype(config.dtype, self.config.dtype, self.device)
+        self.backend = create_backend(self.device)
+        loaded = 0
+
+        def count(_name: str) -> None:
+            nonlocal loaded
+            loaded += 1
+            if on_tensor is not None:
+                on_tensor(loaded, checkpoint.num_tensors)
+
+        self.model = load_model(
+            checkpoint,
+            self.config,
+            dtype=self.dtype,
+            device=self.device,
+            backend=self.backend,
+            on_tensor=count,
+        )
+        self._warm_up(config)
+        num_blocks = self._num_blocks(config)
+        max_model_len = _fit_context(config, self.config.max_model_len, num_blocks * config.block_size)
+        self.cache = KVCache.allocate(self.config, num_blocks, config.block_size, self.dtype, self.device)
+        self.info = ModelInfo(
+            model=config.model,
+            architecture=self.config.architecture,
+            vocab_size=self.config.vocab_size,
+            max_model_len=max_model_len,
+            num_heads=self.config.num_heads,
+            num_kv_heads=self.config.num_kv_heads,
+            num_blocks=num_blocks,
+            block_size=config.block_size,
+            kv_bytes_per_token=self.config.kv_bytes_per_token(self.dtype.itemsize),
+            weight_bytes=sum(p.numel() * p.element_size() for p in self.model.parameters()),
+            dtype=str(self.dtype).removeprefix("torch."),
+            device=str(self.device),
+            backend=self.backend.name,
+            max_num_seqs=config.max_num_seqs,
+            generation_config=checkpoint.generation_config,
+        )
+
+    @property
+    def eos_token_ids(self) -> Sequence[int]:
+        """Tokens that end a sequence, from config.json and generation_config.json."""
+        return self.config.eos_token_ids
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> torch.Tensor:
+        """Compute the plan's tokens, writing their K and V; hidden states [R, E] of its logit rows."""
+        batch = ForwardBatch.from_plan(plan, self.cache.block_size, self.device)
+        hidden: torch.Tensor = self.model(batch, self.cache)
+        return hidden[batch.logit_rows]
+
+    @torch.inference_mode()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[R, E] -> [R, V] float32."""
+        logits: torch.Tensor = self.model.logits(hidden)
+        return logits
+
+    def _warm_up(self, config: EngineConfig) -> None:
+        """One pass of the largest batch over a throw-away cache, so that thread pools and libraries have
+        taken their memory before the rest is measured. On a CPU a short pass does that."""
+        tokens = min(
+            config.max_num_batched_tokens if self.device.type != "cpu" else 32, self.config.max_model_len
+        )
+        blocks = -(-tokens // config.block_size)
+        self.cache = KVCache.allocate(self.config, blocks, config.block_size, self.dtype, self.device)
+        hidden = self.execute(StepPlan([PlanRow([0] * tokens, 0, list(range(blocks)), 1)]))
+        self.logits(hidden)
+
+    def _num_blocks(self, config: EngineConfig) -> int:
+        """KV blocks: what --kv-cache-memory says, else a share of free memory, at most what could be used."""
+        size = block_bytes(self.config, config.block_size, self.dtype)
+        if config.kv_cache_memory is not None:
+            budget, asked = config.kv_cache_memory, True
+        else:
+            useful = config.max_num_seqs * -(-self.config.max_model_len // config.block_size) * size
+            budget, asked = min(free_memory(self.device), useful), False
+        if budget < size:
+            cure = "raise --kv-cache-memory" if asked else "free memory or choose a smaller model"
+            raise CacheCapacityError(
+                f"The KV cache fits 0 blocks: one block of {config.block_size} tokens takes "
+                f"{format_bytes(size)}, there are {format_bytes(budget)}; {cure}, or lower --block-size."
+            )
+        return budget // size
+
+
+def _fit_context(config: EngineConfig, max_model_len: int, kv_tokens: int) -> int:
+    """The longest prompt + output: what was asked for, else the model's own or what the KV cache holds."""
+    if max_model_len <= kv_tokens:
+        return max_model_len
+    if config.max_model_len is not None:
+        raise CacheCapacityError(
+            f"--max-model-len {max_model_len} does not fit the KV cache, which holds {kv_tokens} tokens; "
+            "lower it or raise --kv-cache-memory."
+        )
+    logger.warning(
+        "The KV cache holds %d tokens, so requests are limited to that (the model allows %d); "
+        "--kv-cache-memory raises it.",
+        kv_tokens,
+        max_model_len,
+    )
+    return kv_tokens
+
+
+def choose_device(name: str) -> torch.device:
+    """The torch device for --device. Raises ConfigError if this machine lacks it."""
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
+    if not available[name]:
+        have = ", ".join(kind for kind, ok in available.items() if ok)
+        raise ConfigError(f"--device {name} is not available here (available: {have}).")
+    return torch.device(name)
+
+
+def choose_dtype(name: str, checkpoint_dtype: str | None, device: torch.device) -> torch.dtype:
+    """The torch dtype for --dtype; auto is the checkpoint's, but float32 on a CPU, where it is faster."""
+    if name == "auto":
+        name = "float32" if device.type == "cpu" or checkpoint_dtype is None else checkpoint_dtype
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes the KV cache may take on `device`."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * _GPU_MEMORY_SHARE)
+    return int(min(psutil.virtual_memory().available, *_cgroup_free()) * _CPU_MEMORY_SHARE)
+
+
+def _cgroup_free() -> list[int]:
+    """What a container's memory limit (cgroup v2, then v1) leaves free; psutil does not see it."""
+    free = [2**63 - 1]
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        if Path(limit).exists() and Path(used).exists():
+            text = Path(limit).read_text().strip()
+            if text != "max":
+                free.append(max(0, int(text) - int(Path(used).read_text())))
+    return free
+
+
+def format_bytes(count: float) -> str:
+    """512.0 MiB"""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"

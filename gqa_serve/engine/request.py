@@ -1,0 +1,245 @@
+"""What a request is, and what comes back: `SamplingParams`, `EngineRequest`, `TokenOutput`.
+
+These are the messages between the API process and the engine process (msgspec structs, packed as
+msgpack) and the arguments of the offline `LLM`. They hold token ids and numbers; the only text is
+`SamplingParams.stop`, which the engine carries but never reads (`detokenizer.py` does).
+No torch here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import msgspec
+
+from gqa_serve.errors import ContextLengthError, RequestError
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+MAX_LOGPROBS = 20
+MAX_STOP_STRINGS = 64
+MAX_LOGIT_BIAS = 1024
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How to choose the next tokens and when to stop.
+
+    `temperature` 0 is greedy. `top_k` 0 and `top_p` 1.0 and `min_p` 0.0 switch the filter off; filters apply
+    in the order temperature, top-k, top-p, min-p. Presence and frequency penalties are subtracted from the
+    logits of tokens already generated; the repetition penalty divides (positive) or multiplies (negative)
+    logits of tokens in the prompt or the output. `max_tokens` None means up to the context length.
+    `logprobs` n returns the chosen token's log-probability and the n likeliest alternatives, taken from the
+    unmodified logits; `prompt_logprobs` does so for each prompt token. A `seed` makes a request's random
+    stream a function of (seed, position) alone, whatever else is in the batch.
+    """
+
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] | None = None
+    seed: int | None = None
+    stop: list[str] = []
+    stop_token_ids: list[int] = []
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    n: int = 1
+
+    def validate(self, vocab_size: int | None = None) -> None:
+        """Raises RequestError, naming the field, if a value is outside its range."""
+        for name, low, high in _RANGES:
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and low <= value <= high):
+                bounds = f"between {low:g} and {high:g}" if high < math.inf else f"at least {low:g}"
+                raise RequestError(f"{name} must be {bounds}, got {value!r}.", param=name)
+        if self.repetition_penalty == 0:
+            raise RequestError(
+                "repetition_penalty must be greater than 0, got 0.", param="repetition_penalty"
+            )
+        if self.top_p == 0:
+            raise RequestError("top_p must be greater than 0 and at most 1, got 0.", param="top_p")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise RequestError(
+                f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens}).",
+                param="min_tokens",
+            )
+        if len(self.stop) > MAX_STOP_STRINGS or any(not stop for stop in self.stop):
+            raise RequestError(f"stop takes at most {MAX_STOP_STRINGS} strings, none empty.", param="stop")
+        self._validate_ids(vocab_size)
+
+    def fit(self, num_prompt_tokens: int, max_model_len: int, *, param: str = "prompt") -> SamplingParams:
+        """With `max_tokens` cut to what the context leaves: it is a cap, not a reservation.
+
+        Raises ContextLengthError, naming `param`, if the prompt leaves no room for one token.
+        """
+        room = max_model_len - num_prompt_tokens
+        if room < 1:
+            raise ContextLengthError(num_prompt_tokens, max_model_len, param=param)
+        max_tokens = room if self.max_tokens is None else min(self.max_tokens, room)
+        return msgspec.structs.replace(
+            self, max_tokens=max_tokens, min_tokens=min(self.min_tokens, max_tokens)
+        )
+
+    def for_choice(self, index: int) -> SamplingParams:
+        """For choice `index` of the same prompt: seed + index, wrapped to 64 bits."""
+        if self.seed is None or index == 0:
+            return self
+        return msgspec.structs.replace(self, seed=(self.seed + index + 2**63) % 2**64 - 2**63)
+
+    def _validate_ids(self, vocab_size: int | None) -> None:
+        bias = self.logit_bias or {}
+        if len(bias) > MAX_LOGIT_BIAS:
+            raise RequestError(
+                f"logit_bias takes at most {MAX_LOGIT_BIAS} tokens, got {len(bias)}.", param="logit_bias"
+            )
+        for token, value in bias.items():
+            if not (math.isfinite(value) and -100 <= value <= 100):
+                raise RequestError(f"logit_bias[{token}] must be between -100 and 100.", param="logit_bias")
+        limit = vocab_size if vocab_size is not None else math.inf
+        for name, ids in (("logit_bias", bias), ("stop_token_ids", self.stop_token_ids)):
+            for token in ids:
+                if not 0 <= token < limit:
+                    raise RequestError(f"{name} holds token id {token}, outside the vocabulary.", param=name)
+
+
+_INT64_MAX = 2**63 - 1
+_RANGES: tuple[tuple[str, float, float], ...] = (
+    ("max_tokens", 0, math.inf),
+    ("min_tokens", 0, math.inf),
+    ("temperature", 0, 2),
+    ("top_p", 0, 1),
+    ("top_k", 0, math.inf),
+    ("min_p", 0, 1),
+    ("repetition_penalty", 0, math.inf),
+    ("presence_penalty", -2, 2),
+    ("frequency_penalty", -2, 2),
+    ("seed", -_INT64_MAX - 1, _INT64_MAX),
+    ("logprobs", 0, MAX_LOGPROBS),
+    ("prompt_logprobs", 0, MAX_LOGPROBS),
+    ("n", 1, 128),
+)
+
+
+SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+def sampling_defaults(generation_config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint recommends where a request is silent. A config that asks for greedy decoding
+    (`do_sample` false) still recommends nothing here: the clients' convention is temperature 1."""
+    return {n: generation_config[n] for n in SAMPLING_DEFAULTS if generation_config.get(n) is not None}
+
+
+class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One choice to generate: a client's request with n choices is n of these in one `group`.
+
+    `prompt` is token ids, used as they are. `max_tokens` in `params` has been resolved by the caller to a
+    number that fits the context. Requests of a `group` have the same prompt and share its KV blocks even
+    where prefix caching is off. Lower `priority` runs first. `cache_salt` separates prefix caches.
+    """
+
+    request_id: str
+    prompt: list[int]
+    params: SamplingParams
+    priority: int = 0
+    group: str | None = None
+    cache_salt: str | None = None
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probability of one token, its rank (1 = likeliest), and the likeliest tokens with theirs."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: list[tuple[int, float]]
+
+
+class TokenOutput(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """What one step (or a merge of several) produced for one request.
+
+    Exactly one TokenOutput of a request has a `finish_reason`, and it is the last. On "stop",
+    `stop_token_id` is the end-of-sequence or stop token that ended it; it is the last of `token_ids`.
+    `prompt_logprobs` comes once, with the first output; its first entry is None (nothing precedes the first
+    token). `error` explains "error".
+    """
+
+    request_id: str
+    token_ids: list[int] = []
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    num_cached_tokens: int = 0
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    error: str | None = None
+
+
+class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What the API process must know of a loaded engine."""
+
+    model: str
+    architecture: str
+    vocab_size: int
+    max_model_len: int
+    num_heads: int
+    num_kv_heads: int
+    num_blocks: int
+    block_size: int
+    kv_bytes_per_token: int
+    weight_bytes: int
+    dtype: str
+    device: str
+    backend: str
+    max_num_seqs: int
+    generation_config: dict[str, Any] = {}
+    """The checkpoint's generation_config.json: sampling defaults among others."""
+
+
+class Request:
+    """An `EngineRequest` under way inside the engine.
+
+    `tokens` is the prompt followed by the output. `num_computed_tokens` of them have their KV in the cache;
+    the scheduler's one rule makes it catch up with `num_tokens`. Lower `order` runs first.
+    """
+
+    def __init__(self, spec: EngineRequest, arrival: int, seed: int) -> None:
+        self.spec = spec
+        self.request_id = spec.request_id
+        self.params = spec.params
+        self.order = (spec.priority, arrival)
+        self.seed = seed
+        self.tokens = list(spec.prompt)
+        self.num_prompt_tokens = len(spec.prompt)
+        self.num_computed_tokens = 0
+        self.num_cached_tokens = 0
+        self.prompt_logprobs: list[TokenLogprobs | None] = []
+        self.has_output = False
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output tokens."""
+        return len(self.tokens)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens generated so far."""
+        return len(self.tokens) - self.num_prompt_tokens
+
+    @property
+    def num_pending_tokens(self) -> int:
+        """Tokens whose KV is still to be computed."""
+        return len(self.tokens) - self.num_computed_tokens
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether prompt log-probabilities are wanted and not complete yet."""
+        return self.params.prompt_logprobs is not None and not self.has_output

@@ -1,0 +1,187 @@
+"""Who computes how many tokens in this step, and who gives way when memory runs out.
+
+Owns the waiting and running requests and decides; `kv_manager.py` does the block accounting. Knows
+nothing of tensors, sampling or text.
+
+One rule: each step hands out tokens, up to `max_num_batched_tokens`, until every request's
+`num_computed_tokens` catches up with its `num_tokens`. Requests with one token to go come first (so
+decoding never starves behind a long prompt), then running ones in the middle of a prompt, then waiting
+ones. A prompt longer than what is left of the budget is computed in chunks over several steps.
+
+When blocks run out, the running request that is last in order (priority, then arrival) is preempted: its
+blocks are released and it waits, to be computed again from its tokens. The first in order is never
+preempted for another, and a request alone always fits (`Engine.add` checks), so the oldest always advances.
+
+Invariant: a request is in exactly one of waiting and running from `add` to `remove`; only running
+requests hold blocks.
+"""
+
+from __future__ import annotations
+
+import bisect
+from dataclasses import dataclass
+
+from gqa_serve.engine.batch import PlanRow
+from gqa_serve.engine.block_pool import Chain
+from gqa_serve.engine.kv_manager import KVManager
+from gqa_serve.engine.request import Request
+
+
+@dataclass
+class SchedulerLimits:
+    """Per step: most requests computed, most tokens computed."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+
+
+class Scheduler:
+    """The one rule over waiting and running requests."""
+
+    def __init__(self, kv: KVManager, limits: SchedulerLimits, *, prefix_caching: bool) -> None:
+        self.kv = kv
+        self.limits = limits
+        self.prefix_caching = prefix_caching
+        self.waiting: list[Request] = []  # both sorted by `order`
+        self.running: list[Request] = []
+        self.num_preemptions = 0
+        self._requests: dict[str, Request] = {}
+        self._groups: dict[str, list[Request]] = {}
+
+    def add(self, request: Request) -> None:
+        """Queue a new request."""
+        self._requests[request.request_id] = request
+        if request.spec.group is not None:
+            self._groups.setdefault(request.spec.group, []).append(request)
+        bisect.insort(self.waiting, request, key=_order)
+
+    def get(self, request_id: str) -> Request | None:
+        """The request, if it is waiting or running."""
+        return self._requests.get(request_id)
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def remove(self, request_id: str) -> Request | None:
+        """Forget a request and release its blocks; None if it is not here (already ended)."""
+        request = self._requests.pop(request_id, None)
+        if request is None:
+            return None
+        queue = self.running if request in self.running else self.waiting
+        queue.remove(request)
+        self.kv.release(request_id)
+        if request.spec.group is not None:
+            siblings = self._groups[request.spec.group]
+            siblings.remove(request)
+            if not siblings:
+                del self._groups[request.spec.group]
+        return request
+
+    def schedule(self) -> list[tuple[Request, PlanRow]]:
+        """The requests of the next step with their rows; every block they need is allocated."""
+        chosen: dict[Request, int] = {}
+        preemptions = self.num_preemptions
+        budget = self._schedule_running(chosen)
+        if self.num_preemptions == preemptions:
+            self._schedule_waiting(chosen, budget)
+        return [(request, self._row(request, count)) for request, count in chosen.items()]
+
+    def advance(self, request: Request, num_tokens: int) -> None:
+        """The step computed `num_tokens` more tokens of `request`: publish the blocks they filled."""
+        request.num_computed_tokens += num_tokens
+        self.kv.publish(request.request_id, request.tokens, request.num_computed_tokens)
+
+    def _schedule_running(self, chosen: dict[Request, int]) -> int:
+        """Give tokens to running requests; returns what is left of the budget."""
+        decoding = [request for request in self.running if request.num_pending_tokens == 1]
+        catching_up = [request for request in self.running if request.num_pending_tokens > 1]
+        budget = self.limits.max_num_batched_tokens
+        for request in decoding + catching_up:
+            if budget == 0:
+                break
+            if request not in self.running:
+                continue  # preempted by one before it in this loop
+            count = min(request.num_pending_tokens, budget)
+            while not self.kv.extend(request.request_id, request.num_computed_tokens + count):
+                victim = self.running[-1]
+                budget += chosen.pop(victim, 0)
+                self._preempt(victim)
+                if victim is request:
+                    break
+            else:
+                chosen[request] = count
+                budget -= count
+        return budget
+
+    def _schedule_waiting(self, chosen: dict[Request, int], budget: int) -> None:
+        """Admit waiting requests in order while budget, places and blocks last."""
+        for request in list(self.waiting):
+            if budget == 0 or len(self.running) >= self.limits.max_num_seqs:
+                return
+            if self._waits_for_sibling(request):
+                continue
+            found = self._start(request)
+            if found is None:
+                return  # those behind it may be smaller, but passing it would starve it
+            request.num_computed_tokens = found
+            if not request.has_output:
+                request.num_cached_tokens = found
+            count = min(request.num_pending_tokens, budget)
+            self.kv.extend(request.request_id, found + count)
+            self.waiting.remove(request)
+            bisect.insort(self.running, request, key=_order)
+            chosen[request] = count
+            budget -= count
+
+    def _start(self, request: Request) -> int | None:
+        """Look the request's tokens up in the cache; None if the rest of them does not fit now.
+
+        Room is asked for all its tokens, though blocks are taken chunk by chunk, beside what running requests
+        still need for theirs and one more: admitting a prompt only to preempt it again would waste the work.
+        """
+        tokens = request.tokens
+        reuse = not request.scores_prompt
+        found = self.kv.start(request.request_id, tokens, self._salt(request), reuse)
+        promised = sum(self._missing_blocks(other, other.num_tokens + 1) for other in self.running)
+        if self.running and self._missing_blocks(request, len(tokens)) > self.kv.pool.num_free - promised:
+            self.kv.release(request.request_id)
+            return None
+        return found
+
+    def _missing_blocks(self, request: Request, num_tokens: int) -> int:
+        return self.kv.blocks_for(num_tokens) - len(self.kv.block_ids(request.request_id))
+
+    def _salt(self, request: Request) -> Chain | None:
+        """What starts the request's chain in the prefix cache; None if it shares nothing."""
+        spec = request.spec
+        if self.prefix_caching:
+            return f"salt:{spec.cache_salt}" if spec.cache_salt is not None else "all"
+        return f"group:{spec.group}" if spec.group is not None else None
+
+    def _waits_for_sibling(self, request: Request) -> bool:
+        """Whether the first of the request's group is still computing the prompt they share."""
+        if request.spec.group is None:
+            return False
+        first = self._groups[request.spec.group][0]
+        return first is not request and first.num_computed_tokens < first.num_prompt_tokens
+
+    def _preempt(self, request: Request) -> None:
+        self.running.remove(request)
+        self.kv.release(request.request_id)
+        request.num_computed_tokens = 0
+        if not request.has_output:
+            request.prompt_logprobs.clear()
+        bisect.insort(self.waiting, request, key=_order)
+        self.num_preemptions += 1
+
+    def _row(self, request: Request, count: int) -> PlanRow:
+        start = request.num_computed_tokens
+        end = start + count
+        num_logits = 1 if end == request.num_tokens else 0
+        if request.scores_prompt:
+            num_logits = count
+        return PlanRow(request.tokens[start:end], start, self.kv.block_ids(request.request_id), num_logits)
+
+
+def _order(request: Request) -> tuple[int, int]:
+    return request.order

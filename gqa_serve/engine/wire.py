@@ -1,0 +1,78 @@
+"""The messages between the API process and the engine process, and their framing.
+
+A message is a msgspec struct, tagged by its class name, packed as msgpack after a four-byte little-endian
+length. Both sides read whole messages only. Knows nothing of what the messages cause.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import msgspec
+
+from gqa_serve.config import EngineConfig
+from gqa_serve.engine.request import EngineRequest, ModelInfo, TokenOutput
+
+LENGTH = struct.Struct("<I")
+
+
+class Start(msgspec.Struct, tag=True):
+    """First message to the engine: load the model at `path`."""
+
+    path: str
+    config: EngineConfig
+
+
+class Add(msgspec.Struct, tag=True):
+    """Queue a request."""
+
+    request: EngineRequest
+
+
+class Abort(msgspec.Struct, tag=True):
+    """End a request and free its blocks; it may have ended already."""
+
+    request_id: str
+
+
+class Stop(msgspec.Struct, tag=True):
+    """Exit."""
+
+
+class Loading(msgspec.Struct, tag=True):
+    """`done` of `total` tensors are loaded."""
+
+    done: int
+    total: int
+
+
+class Ready(msgspec.Struct, tag=True):
+    """The model is loaded; requests may come."""
+
+    info: ModelInfo
+
+
+class Failed(msgspec.Struct, tag=True):
+    """The model can't be loaded: one sentence for the user."""
+
+    message: str
+
+
+class Outputs(msgspec.Struct, tag=True):
+    """All outputs of one step."""
+
+    outputs: list[TokenOutput]
+
+
+ToEngine = Start | Add | Abort | Stop
+FromEngine = Loading | Ready | Failed | Outputs
+
+_encoder = msgspec.msgpack.Encoder()
+to_engine_decoder = msgspec.msgpack.Decoder(ToEngine)
+from_engine_decoder = msgspec.msgpack.Decoder(FromEngine)
+
+
+def frame(message: ToEngine | FromEngine) -> bytes:
+    """The message with its length in front."""
+    data = _encoder.encode(message)
+    return LENGTH.pack(len(data)) + data

@@ -1,0 +1,380 @@
+"""The engine over a runner that shows every mistake: batching is invisible, every request ends once."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from fake_runner import (
+    EOS,
+    VOCAB,
+    assert_conserved,
+    context_hash,
+    expected,
+    logits_of,
+    make_engine,
+    request,
+    run,
+    tokens_of,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+
+from gqa_serve.engine.request import SamplingParams
+from gqa_serve.errors import ContextLengthError, RequestError
+
+
+def prompt_of(length: int, seed: int = 0) -> list[int]:
+    return random.Random(seed).choices(range(4, VOCAB), k=length)
+
+
+def test_one_request_generates_what_the_oracle_does() -> None:
+    engine = make_engine()
+    engine.add(request("a", prompt_of(11), max_tokens=20))
+    outputs = run(engine)["a"]
+    assert tokens_of(outputs) == expected(prompt_of(11), SamplingParams(max_tokens=20, ignore_eos=True))
+    assert [o.finish_reason for o in outputs] == [None] * 19 + ["length"]
+    assert_conserved(engine)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 20)), min_size=1, max_size=12),
+    num_blocks=st.integers(16, 40),
+    budget=st.integers(4, 40),
+    caching=st.booleans(),
+    shared=st.integers(0, 30),
+    arrivals=st.randoms(use_true_random=False),
+)
+def test_batching_chunking_reuse_and_preemption_are_invisible(
+    lengths: list[tuple[int, int]],
+    num_blocks: int,
+    budget: int,
+    caching: bool,
+    shared: int,
+    arrivals: random.Random,
+) -> None:
+    engine = make_engine(num_blocks, max_num_batched_tokens=budget, max_num_seqs=4, prefix_caching=caching)
+    common = prompt_of(shared, 99)
+    wanted, outputs = {}, {}
+    pending = [
+        (f"r{i}", (common + prompt_of(40, i))[:length], max_tokens)
+        for i, (length, max_tokens) in enumerate(lengths)
+    ]
+    while pending or engine.has_work:
+        while pending and arrivals.random() < 0.4:
+            name, prompt, max_tokens = pending.pop()
+            engine.add(request(name, prompt, max_tokens=max_tokens, priority=arrivals.choice([0, 0, 1])))
+            wanted[name] = expected(prompt, SamplingParams(max_tokens=max_tokens, ignore_eos=True))
+        for output in engine.step():
+            outputs.setdefault(output.request_id, []).append(output)
+        assert_conserved(engine)
+        assert all(plan.num_tokens <= budget for plan in engine.runner.plans[-1:])
+    assert {name: tokens_of(o) for name, o in outputs.items()} == wanted
+    for parts in outputs.values():
+        assert [part.finish_reason is not None for part in parts] == [False] * (len(parts) - 1) + [True]
+
+
+def test_preemption_happens_in_a_small_pool_and_changes_nothing() -> None:
+    engine = make_engine(num_blocks=12, max_num_batched_tokens=64)
+    for i in range(6):
+        engine.add(request(f"r{i}", prompt_of(7, i), max_tokens=24))
+    outputs = run(engine)
+    assert engine.scheduler.num_preemptions > 0
+    for i in range(6):
+        wanted = expected(prompt_of(7, i), SamplingParams(max_tokens=24, ignore_eos=True))
+        assert tokens_of(outputs[f"r{i}"]) == wanted
+
+
+def test_seeded_sampling_is_the_same_alone_and_in_a_preempting_crowd() -> None:
+    def seeded(name: str) -> object:
+        return request(name, prompt_of(9), max_tokens=24, temperature=1.0, seed=7, top_p=0.9)
+
+    alone = make_engine()
+    alone.add(seeded("x"))
+    crowd = make_engine(num_blocks=12, max_num_batched_tokens=9, prefix_caching=False)
+    for i in range(5):
+        crowd.add(request(f"r{i}", prompt_of(7, i), max_tokens=24, temperature=1.0))
+    crowd.add(seeded("x"))
+    assert tokens_of(run(alone)["x"]) == tokens_of(run(crowd)["x"])
+    assert crowd.scheduler.num_preemptions > 0
+
+
+def test_engine_seed_makes_unseeded_requests_repeatable() -> None:
+    def once(seed: int | None) -> list[int]:
+        engine = make_engine(seed=seed)
+        engine.add(request("a", prompt_of(5), temperature=1.0, max_tokens=16))
+        return tokens_of(run(engine)["a"])
+
+    assert once(1) == once(1)
+    assert once(1) != once(2)
+    assert once(None) != once(None)
+
+
+def test_a_prompt_seen_before_is_found_in_the_cache_but_for_its_last_token() -> None:
+    engine = make_engine(block_size=4)
+    engine.add(request("a", prompt_of(16)))
+    first = run(engine)["a"]
+    engine.add(request("b", prompt_of(16)))
+    second = run(engine)["b"]
+    assert first[0].num_cached_tokens == 0
+    assert second[0].num_cached_tokens == 12  # the fourth block would leave nothing to compute
+    assert tokens_of(first) == tokens_of(second)
+
+
+def test_cache_salt_separates_prefixes() -> None:
+    engine = make_engine()
+    for name, salt in (("a", "x"), ("b", "y"), ("c", "x")):
+        spec = request(name, prompt_of(16))
+        import msgspec
+
+        engine.add(msgspec.structs.replace(spec, cache_salt=salt))
+        cached = run(engine)[name][0].num_cached_tokens
+        assert cached == (12 if name == "c" else 0)
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_choices_of_a_group_compute_the_shared_prompt_once(caching: bool) -> None:
+    engine = make_engine(max_num_batched_tokens=64, prefix_caching=caching)
+    for i in range(4):
+        engine.add(request(f"c{i}", prompt_of(17), group="g", temperature=1.0, seed=i, max_tokens=3))
+    outputs = run(engine)
+    computed = sum(plan.num_tokens for plan in engine.runner.plans)
+    # 17 once; 16 found and 1 computed for each of the three siblings; two decode steps for each of four
+    assert computed == 17 + 3 * 1 + 4 * 2
+    assert len({tuple(tokens_of(o)) for o in outputs.values()}) > 1
+    if not caching:
+        engine.add(request("later", prompt_of(17)))
+        assert run(engine)["later"][0].num_cached_tokens == 0
+
+
+def test_siblings_go_on_when_the_first_of_the_group_is_aborted() -> None:
+    engine = make_engine(max_num_batched_tokens=8, max_num_seqs=8)
+    for i in range(3):
+        engine.add(request(f"c{i}", prompt_of(30), group="g"))
+    engine.step()
+    engine.abort("c0")
+    outputs = run(engine)
+    assert set(outputs) == {"c1", "c2"}
+    assert_conserved(engine)
+
+
+def test_decoding_advances_in_every_step_beside_a_long_prompt() -> None:
+    engine = make_engine(num_blocks=64, max_num_batched_tokens=8)
+    engine.add(request("decoding", prompt_of(3), max_tokens=30))
+    engine.step()
+    engine.add(request("long", prompt_of(50)))
+    for _ in range(6):
+        assert "decoding" in {output.request_id for output in engine.step()}
+
+
+def test_lower_priority_numbers_run_first() -> None:
+    engine = make_engine(max_num_seqs=1, max_num_batched_tokens=8)
+    engine.add(request("late", prompt_of(4), priority=1, max_tokens=2))
+    engine.add(request("soon", prompt_of(4, 1), priority=0, max_tokens=2))
+    ended = []
+    while engine.has_work:
+        ended += [o.request_id for o in engine.step() if o.finish_reason]
+    assert ended == ["soon", "late"]
+
+
+def test_eos_stop_token_min_tokens_and_ignore_eos() -> None:
+    prompt = prompt_of(5)
+    stream = expected(prompt, SamplingParams(max_tokens=12, ignore_eos=True))
+    engine = make_engine()
+    engine.add(request("stop", prompt, max_tokens=12, stop_token_ids=[stream[4]]))
+    (*_, last) = outputs = run(engine)["stop"]
+    first = stream.index(stream[4])
+    assert tokens_of(outputs) == stream[: first + 1]
+    assert (last.finish_reason, last.stop_token_id) == ("stop", stream[4])
+
+    engine.add(request("min", prompt, max_tokens=12, stop_token_ids=[stream[4]], min_tokens=8))
+    assert stream[4] not in tokens_of(run(engine)["min"])[:8]
+
+
+def test_eos_ends_unless_ignored() -> None:
+    # A bias makes the end-of-sequence token certain.
+    engine = make_engine()
+    engine.add(request("ends", prompt_of(5), ignore_eos=False, logit_bias={EOS: 100.0}))
+    engine.add(request("goes on", prompt_of(5), ignore_eos=True, logit_bias={EOS: 100.0}, max_tokens=5))
+    engine.add(request("min", prompt_of(5), ignore_eos=False, logit_bias={EOS: 100.0}, min_tokens=3))
+    outputs = run(engine)
+    assert tokens_of(outputs["ends"]) == [EOS]
+    assert outputs["ends"][-1].finish_reason == "stop"
+    assert tokens_of(outputs["goes on"]) == [EOS] * 5
+    assert outputs["goes on"][-1].finish_reason == "length"
+    assert tokens_of(outputs["min"]).index(EOS) == 3
+
+
+def test_the_context_length_ends_a_request() -> None:
+    engine = make_engine(max_model_len=20)
+    engine.add(request("a", prompt_of(15), max_tokens=100))
+    outputs = run(engine)["a"]
+    assert len(tokens_of(outputs)) == 5
+    assert outputs[-1].finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("spec", "error"),
+    [
+        (request("a", []), RequestError),
+        (request("a", [VOCAB]), RequestError),
+        (request("a", [-1]), RequestError),
+        (request("a", [5] * 64), ContextLengthError),
+        (request("a", [5], temperature=-1.0), RequestError),
+        (request("a", [5], logit_bias={VOCAB: 1.0}), RequestError),
+    ],
+)
+def test_what_cannot_be_computed_is_refused(spec: object, error: type[Exception]) -> None:
+    engine = make_engine()
+    with pytest.raises(error):
+        engine.add(spec)
+    assert not engine.has_work
+
+
+@pytest.mark.parametrize("budget", [4, 7, 64])
+def test_prompt_logprobs_score_every_prompt_token(budget: int) -> None:
+    prompt = prompt_of(19)
+    engine = make_engine(max_num_batched_tokens=budget, max_num_seqs=4)
+    engine.add(request("warm", prompt))  # fills the prefix cache, which scoring must not use
+    run(engine)
+    engine.add(request("a", prompt, prompt_logprobs=2, max_tokens=0))
+    (only,) = run(engine)["a"]
+    assert only.finish_reason == "length"
+    assert only.token_ids == []
+    assert only.prompt_logprobs is not None
+    assert only.prompt_logprobs[0] is None
+    assert len(only.prompt_logprobs) == 19
+    for position, entry in enumerate(only.prompt_logprobs[1:], 1):
+        logprobs = torch.log_softmax(
+            logits_of(torch.tensor([context_hash(prompt[:position])]))[0].double(), -1
+        )
+        assert entry is not None
+        assert entry.token_id == prompt[position]
+        assert entry.logprob == pytest.approx(float(logprobs[prompt[position]]), abs=1e-5)
+        assert [token for token, _ in entry.top] == logprobs.topk(2).indices.tolist()
+
+
+def test_a_step_that_raises_fails_only_its_requests() -> None:
+    fail = {"now": False}
+
+    def on_execute(plan: object) -> None:
+        if fail["now"]:
+            raise RuntimeError("injected")
+
+    engine = make_engine(on_execute=on_execute, max_num_seqs=2, max_num_batched_tokens=32)
+    for i in range(4):
+        engine.add(request(f"r{i}", prompt_of(5, i)))
+    engine.step()
+    fail["now"] = True
+    failed = engine.step()
+    fail["now"] = False
+    assert {o.request_id: o.finish_reason for o in failed} == {"r0": "error", "r1": "error"}
+    assert all("RuntimeError" in (o.error or "") for o in failed)
+    assert_conserved(engine)
+    outputs = run(engine)
+    for i in (2, 3):
+        assert tokens_of(outputs[f"r{i}"]) == expected(
+            prompt_of(5, i), SamplingParams(max_tokens=8, ignore_eos=True)
+        )
+
+
+def test_logits_that_are_not_finite_fail_only_their_row() -> None:
+    engine = make_engine()
+    original = engine.runner.logits
+
+    def logits(hidden: torch.Tensor) -> torch.Tensor:
+        values = original(hidden)
+        values[0, 5] = float("nan")
+        return values
+
+    engine.add(request("bad", prompt_of(5)))
+    engine.add(request("good", prompt_of(6)))
+    engine.runner.logits = logits
+    ends = {o.request_id: o.finish_reason for o in engine.step()}
+    engine.runner.logits = original
+    assert ends == {"bad": "error", "good": None}
+    assert tokens_of(run(engine)["good"])
+
+
+class EngineMachine(RuleBasedStateMachine):
+    """Any interleaving of add, abort, step and failing steps conserves blocks and ends each request once."""
+
+    ids = Bundle("ids")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fail = False
+        self.engine = make_engine(
+            num_blocks=14, max_num_seqs=4, max_num_batched_tokens=9, on_execute=self._fault
+        )
+        self.count = 0
+        self.open: set[str] = set()
+        self.produced: dict[str, list[int]] = {}
+        self.prompts: dict[str, list[int]] = {}
+
+    def _fault(self, plan: object) -> None:
+        if self.fail:
+            raise RuntimeError("injected")
+
+    @rule(target=ids, length=st.integers(1, 40), like=st.integers(0, 3), n=st.sampled_from([1, 1, 3]))
+    def add(self, length: int, like: int, n: int) -> str:
+        self.count += 1
+        for choice in range(n):
+            name = f"r{self.count}-{choice}"
+            self.prompts[name] = prompt_of(40, like)[:length]
+            group = f"g{self.count}" if n > 1 else None
+            self.engine.add(request(name, self.prompts[name], group=group, max_tokens=6, priority=like % 2))
+            self.open.add(name)
+            self.produced[name] = []
+        return f"r{self.count}-0"
+
+    @rule(name=consumes(ids))
+    def abort(self, name: str) -> None:
+        assert self.engine.abort(name) == (name in self.open)
+        self.open.discard(name)
+
+    @rule(times=st.integers(1, 6))
+    def step(self, times: int) -> None:
+        for _ in range(times):
+            self._take(self.engine.step())
+
+    @rule()
+    def failing_step(self) -> None:
+        self.fail = True
+        try:
+            self._take(self.engine.step())
+        finally:
+            self.fail = False
+
+    def _take(self, outputs: list) -> None:
+        for output in outputs:
+            assert output.request_id in self.open, "an output after the end"
+            self.produced[output.request_id] += output.token_ids
+            if output.finish_reason is not None:
+                self.open.discard(output.request_id)
+
+    @invariant()
+    def conserved(self) -> None:
+        assert_conserved(self.engine)
+        scheduler = self.engine.scheduler
+        here = [r.request_id for r in scheduler.waiting + scheduler.running]
+        assert sorted(here) == sorted(self.open)
+
+    def teardown(self) -> None:
+        for _ in range(2000):
+            if not self.engine.has_work:
+                break
+            self._take(self.engine.step())
+        assert not self.open
+        assert_conserved(self.engine)
+        assert self.engine.scheduler.kv.pool.num_free == 14
+        for name, tokens in self.produced.items():
+            params = SamplingParams(max_tokens=6, ignore_eos=True)
+            assert tokens == expected(self.prompts[name], params, 56)[: len(tokens)]
+
+
+TestEngineMachine = EngineMachine.TestCase
+TestEngineMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
