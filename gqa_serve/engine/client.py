@@ -18,7 +18,7 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -116,13 +116,22 @@ def _merge(first: TokenOutput, then: TokenOutput) -> TokenOutput:
 class AsyncEngine:
     """The engine process, seen from an event loop."""
 
+    command: Sequence[str] = (sys.executable, "-m", "gqa_serve.engine.process")
+    """What to run, before the socket's number; tests put a process with planted faults here."""
+
     def __init__(
-        self, path: Path, config: EngineConfig, on_load: Callable[[int, int], None] | None = None
+        self,
+        path: Path,
+        config: EngineConfig,
+        *,
+        log_level: str = "info",
+        on_load: Callable[[int, int], None] | None = None,
     ) -> None:
         self.state: State = "loading"
         self.model_info: ModelInfo | None = None
         self._path = path
         self._config = config
+        self._log_level = log_level
         self._on_load = on_load
         self._streams: dict[str, TokenStream] = {}
         self._process: asyncio.subprocess.Process | None = None
@@ -159,9 +168,13 @@ class AsyncEngine:
         self._send(Add(request))
         return stream
 
+    def refuse_new(self) -> None:
+        """Take no more requests; those under way go on."""
+        self.state = "stopping"
+
     async def stop(self, drain_timeout_s: float = 0.0) -> None:
         """Let requests under way finish for up to `drain_timeout_s`, then end the process."""
-        self.state = "stopping"
+        self.refuse_new()
         deadline = time.monotonic() + drain_timeout_s
         while self._streams and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
@@ -185,15 +198,13 @@ class AsyncEngine:
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "gqa_serve.engine.process",
+                *self.command,
                 str(theirs.fileno()),
                 pass_fds=[theirs.fileno()],
                 stdin=asyncio.subprocess.DEVNULL,
             )
         reader, self._writer = await asyncio.open_connection(sock=ours)
-        self._send(Start(str(self._path), self._config))
+        self._send(Start(str(self._path), self._config, self._log_level))
         return reader
 
     async def _load(self, reader: asyncio.StreamReader) -> None:
@@ -220,8 +231,10 @@ class AsyncEngine:
         while True:
             started = time.monotonic()
             await self._deliver(reader)
-            self.state = "restarting"
             self._fail_streams(_DIED)
+            if self.state == "stopping":
+                return
+            self.state = "restarting"
             status = await self._reap()
             if time.monotonic() - started > _HEALTHY_AFTER_S:
                 backoff = _FIRST_BACKOFF_S
@@ -237,8 +250,9 @@ class AsyncEngine:
                 except ModelError as error:
                     logger.error("The engine could not be restarted: %s", error)
                     status = await self._reap()
-            self.state = "ready"
-            logger.info("The engine is ready again.")
+            if self.state == "restarting":
+                self.state = "ready"
+                logger.info("The engine is ready again.")
 
     async def _deliver(self, reader: asyncio.StreamReader) -> None:
         """Hand outputs to their streams until the process's end of the socket closes."""

@@ -12,13 +12,13 @@ Owns an `Engine`, its tokenizer and chat template. Not thread safe: one call at 
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from gqa_serve.config import EngineConfig, collect
-from gqa_serve.engine.chat_template import load_chat_template, normalise_messages
+from gqa_serve.engine.chat_messages import normalise_messages
+from gqa_serve.engine.chat_template_files import load_chat_template
 from gqa_serve.engine.core import Engine
 from gqa_serve.engine.detokenizer import TextAssembler
 from gqa_serve.engine.model_runner import ModelRunner
@@ -32,6 +32,7 @@ from gqa_serve.engine.request import (
 from gqa_serve.engine.tokenizer import load_tokenizer
 from gqa_serve.engine.weights.hub import resolve_model
 from gqa_serve.errors import EngineStepError
+from gqa_serve.progress import LoadingBar
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +81,16 @@ class LLM:
         self, model: str, *, chat_template: str | None = None, progress: bool = True, **settings: Any
     ) -> None:
         (config,) = collect([EngineConfig], {"model": model, **settings}, environ={})
+        self._load(config, chat_template, progress)
+
+    @classmethod
+    def from_config(cls, config: EngineConfig) -> LLM:
+        """The model that `config` describes."""
+        llm = cls.__new__(cls)
+        llm._load(config, None, progress=True)
+        return llm
+
+    def _load(self, config: EngineConfig, chat_template: str | None, progress: bool) -> None:
         path = resolve_model(
             config.model,
             revision=config.revision,
@@ -101,8 +112,8 @@ class LLM:
     ) -> list[RequestOutput]:
         """Complete prompts (text, or token ids taken as they are), all in one continuous batch.
 
-        One `sampling_params` for all, or one for each; None is `default_sampling_params`. Raises RequestError,
-        before anything is computed, if a prompt or parameter can't be used.
+        One `sampling_params` for all, or one for each; None is `default_sampling_params`. Raises
+        RequestError, before anything is computed, if a prompt or parameter can't be used.
         """
         listed = _as_list(prompts)
         if sampling_params is None:
@@ -206,23 +217,3 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if prompts and isinstance(prompts[0], int):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]
-
-
-class LoadingBar:
-    """A progress bar on standard error, shown only on a terminal."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-        columns = (TextColumn("Loading weights"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self._bar = Progress(*columns, console=Console(file=sys.stderr), disable=not sys.stderr.isatty())
-        self._task = self._bar.add_task("load")
-
-    def update(self, done: int, total: int) -> None:
-        """`done` of `total` tensors are loaded."""
-        if done == 1:
-            self._bar.start()
-        self._bar.update(self._task, completed=done, total=total)
-        if done == total:
-            self._bar.stop()

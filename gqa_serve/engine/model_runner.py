@@ -76,7 +76,7 @@ class ModelRunner:
             num_blocks=num_blocks,
             block_size=config.block_size,
             kv_bytes_per_token=self.config.kv_bytes_per_token(self.dtype.itemsize),
-            weight_bytes=sum(p.numel() * p.element_size() for p in self.model.parameters()),
+            weight_bytes=self.model.weight_bytes,
             dtype=str(self.dtype).removeprefix("torch."),
             device=str(self.device),
             backend=self.backend.name,

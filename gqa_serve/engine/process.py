@@ -35,6 +35,7 @@ from gqa_serve.engine.wire import (
     to_engine_decoder,
 )
 from gqa_serve.errors import GqaServeError, RequestError
+from gqa_serve.logs import configure_logging
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +131,7 @@ def main(fd: int) -> int:
         start = next(channel.receive(wait=True))
         if not isinstance(start, Start):
             raise msgspec.ValidationError(f"expected Start, got {type(start).__name__}")
-        logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+        configure_logging(start.log_level)
         try:
             engine = load_engine(start, channel)
         except (GqaServeError, MemoryError) as error:

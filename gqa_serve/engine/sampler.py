@@ -10,6 +10,7 @@ that neither batching nor preemption can move it. Log-probabilities are those of
 from __future__ import annotations
 
 import hashlib
+import math
 import struct
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -185,7 +186,9 @@ def _filter_floor(scaled: torch.Tensor, params: Sequence[SamplingParams]) -> tor
     device = scaled.device
     vocab = scaled.shape[-1]
     top_k = torch.tensor([p.top_k if 0 < p.top_k < vocab else vocab for p in params], device=device)
-    top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device)
+    # Off is infinity, not 1: rounding may bring the cumulative probability to 1 before the last token.
+    nucleus = [p.top_p if p.top_p < 1 else math.inf for p in params]
+    top_p = torch.tensor(nucleus, dtype=torch.float64, device=device)
     limits = [p.top_k for p in params if 0 < p.top_k < vocab]
     size = min(vocab, max([_FIRST_CANDIDATES, *limits]))
     while True:
@@ -199,12 +202,12 @@ def _filter_floor(scaled: torch.Tensor, params: Sequence[SamplingParams]) -> tor
         before = probs.cumsum(dim=-1) - probs
         kept = in_k & ((before < top_p[:, None]) | (rank == 0))
         count = kept.sum(dim=-1)
-        needs_more = (count == size) & (top_k > size)
-        if size == vocab or not bool((needs_more & (top_p < 1)).any()):
+        needs_more = (count == size) & (top_k > size) & (top_p < 1)
+        if size == vocab or not bool(needs_more.any()):
             break
         size = min(vocab, size * 8)
     floor = best.gather(-1, (count - 1)[:, None])[:, 0]
-    unfiltered = (top_k == vocab) & (top_p == 1)
+    unfiltered = (top_k == vocab) & (top_p == math.inf)
     floor = floor.masked_fill(unfiltered, -torch.inf)
     min_p = torch.tensor([p.min_p for p in params], dtype=torch.float64, device=device)
     return torch.maximum(floor, best[:, 0] + min_p.log()).to(scaled.dtype)

@@ -21,6 +21,7 @@ class Start(msgspec.Struct, tag=True):
 
     path: str
     config: EngineConfig
+    log_level: str
 
 
 class Add(msgspec.Struct, tag=True):

@@ -1,0 +1,150 @@
+"""`gqa-serve serve`: the API process. Binds, loads the engine, serves, drains.
+
+Owns the order of start and stop. The port answers (503) while the model loads, so that a supervisor sees a
+live process; a signal stops new requests, lets those under way finish, then ends the engine process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from types import FrameType
+
+import uvicorn
+
+from gqa_serve.api.app import create_app
+from gqa_serve.config import EngineConfig, ServerConfig
+from gqa_serve.engine.chat_template import ChatTemplate
+from gqa_serve.engine.chat_template_files import load_chat_template
+from gqa_serve.engine.client import AsyncEngine
+from gqa_serve.engine.request import ModelInfo
+from gqa_serve.engine.tokenizer import Tokenizer, load_tokenizer
+from gqa_serve.engine.weights.hub import resolve_model
+from gqa_serve.errors import ConfigError
+from gqa_serve.progress import LoadingBar
+
+logger = logging.getLogger(__name__)
+
+
+def serve(engine_config: EngineConfig, server_config: ServerConfig) -> None:
+    """Serve until a signal ends it. Raises GqaServeError for whatever prevents that."""
+    with _listen(server_config) as listener:
+        path = resolve_model(
+            engine_config.model,
+            revision=engine_config.revision,
+            download_dir=engine_config.download_dir,
+            offline=engine_config.offline,
+        )
+        tokenizer = load_tokenizer(path)
+        template = load_chat_template(path, server_config.chat_template)
+        bar = LoadingBar()
+        engine = AsyncEngine(path, engine_config, log_level=server_config.log_level, on_load=bar.update)
+        asyncio.run(_serve(engine, tokenizer, template, server_config, listener))
+
+
+def _listen(config: ServerConfig) -> socket.socket:
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(
+            config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, proto)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise ConfigError(
+            f"Cannot listen on {config.host}:{config.port}: {error.strerror}. "
+            "Choose another --port or --host, or stop what uses it."
+        ) from error
+    return listener
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn, telling the engine of a signal at once, and exiting with 0 after one."""
+
+    def __init__(self, config: uvicorn.Config, engine: AsyncEngine) -> None:
+        super().__init__(config)
+        self._engine = engine
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal drains, a second one does not wait."""
+        if self.should_exit:
+            self.force_exit = True
+            return
+        self.should_exit = True
+        self._engine.refuse_new()
+        print("\nStopping: waiting for running requests; once more to quit now.", file=sys.stderr, flush=True)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Handle signals while serving. Unlike the base class, do not raise them again afterwards."""
+        previous = {sig: signal.signal(sig, self.handle_exit) for sig in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for sig, handler in previous.items():
+                signal.signal(sig, handler)
+
+
+async def _serve(
+    engine: AsyncEngine,
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    config: ServerConfig,
+    listener: socket.socket,
+) -> None:
+    app = create_app(engine, tokenizer, template, config)
+    options = uvicorn.Config(
+        app,
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=max(1, round(config.drain_timeout)),
+    )
+    server = _Server(options, engine)
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    loading = asyncio.create_task(engine.start())
+    try:
+        await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
+        if loading.done():
+            loading.result()
+            _announce(engine.model_info, listener, config)
+            await serving
+    finally:
+        server.should_exit = True
+        loading.cancel()
+        await asyncio.gather(serving, loading, return_exceptions=True)
+        await engine.stop()
+
+
+def _announce(info: ModelInfo | None, listener: socket.socket, config: ServerConfig) -> None:
+    """The ready line: what is served, what it can hold, and a request to try."""
+    if info is None:
+        return
+    host, port = listener.getsockname()[:2]
+    name = config.served_model_name[0] if config.served_model_name else info.model
+    shown = f"[{host}]" if ":" in host else host
+    tokens = info.num_blocks * info.block_size
+    logger.info(
+        "%s (%s): %d query heads over %d KV heads; the cache holds %d tokens of %.1f KiB; context %d; %s on %s.",
+        name,
+        info.architecture,
+        info.num_heads,
+        info.num_kv_heads,
+        tokens,
+        info.kv_bytes_per_token / 1024,
+        info.max_model_len,
+        info.dtype,
+        info.device,
+    )
+    body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
+    print(
+        f"Ready: http://{shown}:{port}/v1 - try: curl http://{shown}:{port}/v1/chat/completions "
+        f"-H 'Content-Type: application/json' -d '{body}'",
+        flush=True,
+    )

@@ -1,0 +1,180 @@
+"""The sampler against float64 oracles and transformers' own logits processors."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from gqa_serve.engine.request import EngineRequest, Request, SamplingParams
+from gqa_serve.engine.sampler import Sampler, _draw, _filter_floor, random_unit
+
+VOCAB = 1000
+
+
+def make(tokens: list[int], output: list[int] = [], seed: int = 0, **params: object) -> Request:  # noqa: B006
+    spec = EngineRequest(request_id=f"r{seed}", prompt=tokens, params=SamplingParams(**params))
+    request = Request(spec, 0, seed)
+    request.tokens += output
+    return request
+
+
+def random_logits(rows: int, seed: int = 0, vocab: int = VOCAB) -> torch.Tensor:
+    return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def test_greedy_is_the_argmax_and_rows_do_not_mix() -> None:
+    logits = random_logits(4)
+    requests = [make([1], temperature=t, seed=i) for i, t in enumerate([0.0, 1.0, 0.0, 0.7])]
+    together = Sampler([]).sample(logits, requests)
+    assert [together[i].token_id for i in (0, 2)] == logits.argmax(-1)[[0, 2]].tolist()
+    for row, request in enumerate(requests):
+        assert Sampler([]).sample(logits[row : row + 1], [request]) == [together[row]]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    top_k=st.sampled_from([0, 1, 5, 300, VOCAB, 5 * VOCAB]),
+    top_p=st.sampled_from([0.05, 0.5, 0.9, 0.999, 1.0]),
+    min_p=st.sampled_from([0.0, 0.02, 0.5, 1.0]),
+    scale=st.sampled_from([0.01, 1.0, 5.0]),
+    seed=st.integers(0, 50),
+)
+def test_filters_keep_what_transformers_keeps(
+    top_k: int, top_p: float, min_p: float, scale: float, seed: int
+) -> None:
+    logits = random_logits(3, seed) * scale
+    params = SamplingParams(top_k=top_k, top_p=top_p, min_p=min_p)
+    ours = logits >= _filter_floor(logits, [params] * 3)[:, None]
+    wanted = logits.double()
+    ids = torch.zeros(3, 1, dtype=torch.int64)
+    if top_k:
+        wanted = TopKLogitsWarper(min(top_k, VOCAB))(ids, wanted)
+    if top_p < 1:
+        wanted = TopPLogitsWarper(top_p)(ids, wanted)
+    if min_p > 0:
+        wanted = MinPLogitsWarper(min_p)(ids, wanted)
+    assert torch.equal(ours, torch.isfinite(wanted))
+
+
+def test_a_row_keeps_the_same_tokens_whatever_filters_its_neighbours_have() -> None:
+    logits = random_logits(3)
+    mine = SamplingParams(top_p=0.97)
+    alone = _filter_floor(logits[:1], [mine])
+    beside = _filter_floor(logits, [mine, SamplingParams(top_k=900), SamplingParams(min_p=0.3)])
+    assert alone[0] == beside[0]
+
+
+def test_draws_follow_the_distribution() -> None:
+    vocab, draws = 12, 20_000
+    logits = random_logits(1, 3, vocab)
+    requests = [make([1], seed=seed, temperature=0.8, top_k=8) for seed in range(draws)]
+    tokens = _draw(logits.expand(draws, vocab).clone(), requests).tolist()
+    warped = TopKLogitsWarper(8)(None, TemperatureLogitsWarper(0.8)(None, logits.double()))
+    probs = torch.softmax(warped[0], -1)
+    counts = Counter(tokens)
+    chi_square = sum(
+        (counts[t] - draws * p) ** 2 / (draws * p) for t, p in enumerate(probs.tolist()) if p > 0
+    )
+    assert sum(counts[t] for t, p in enumerate(probs.tolist()) if p == 0) == 0
+    assert chi_square < 30  # 7 degrees of freedom: p < 0.0001 beyond this
+
+
+def test_the_stream_depends_on_seed_and_position_only() -> None:
+    assert random_unit(1, 5) == random_unit(1, 5)
+    values = [random_unit(seed, position) for seed in range(40) for position in range(50)]
+    assert len(set(values)) == len(values)
+    assert all(0 <= value < 1 for value in values)
+    assert abs(sum(values) / len(values) - 0.5) < 0.03
+    random_unit(-(2**63), 0), random_unit(2**63 - 1, 0)
+
+
+def test_repetition_penalty_as_in_transformers() -> None:
+    logits = random_logits(2)
+    requests = [
+        make([5, 6, 7], [8, 8], repetition_penalty=1.3, temperature=0),
+        make([1], temperature=0, seed=1),
+    ]
+    ours = Sampler([])._adjust(logits, requests)
+    wanted = RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor([[5, 6, 7, 8, 8]]), logits[:1].clone())
+    assert torch.allclose(ours[:1], wanted)
+    assert torch.equal(ours[1], logits[1])
+
+
+def test_presence_and_frequency_penalties_count_output_tokens_only() -> None:
+    logits = random_logits(1)
+    request = make([5, 6], [7, 7, 7, 9], presence_penalty=0.5, frequency_penalty=0.25)
+    delta = (logits - Sampler([])._adjust(logits, [request]))[0]
+    wanted = torch.zeros(VOCAB)
+    wanted[7], wanted[9] = 0.5 + 3 * 0.25, 0.5 + 0.25
+    assert torch.allclose(delta, wanted, atol=1e-5)
+
+
+def test_penalties_follow_the_output_as_it_grows() -> None:
+    sampler = Sampler([])
+    logits = torch.zeros(1, VOCAB)
+    request = make([1], temperature=0, frequency_penalty=1.0)
+    seen = []
+    for _ in range(20):
+        (sample,) = sampler.sample(logits, [request])
+        request.tokens.append(sample.token_id)
+        seen.append(sample.token_id)
+    assert len(set(seen)) == 20  # each choice makes itself less likely than all others
+    sampler.forget(request.request_id)
+    assert not sampler._counts
+
+
+def test_logit_bias_and_min_tokens() -> None:
+    logits = torch.zeros(1, VOCAB)
+    biased = make([1], temperature=0, logit_bias={77: 5.0, 78: 6.0})
+    assert Sampler([]).sample(logits, [biased])[0].token_id == 78
+    logits[0, 3] = 9.0
+    held = make([1], temperature=0, min_tokens=2, stop_token_ids=[4])
+    assert Sampler([3]).sample(logits, [held])[0].token_id not in (3, 4)
+    held.tokens += [50, 51]
+    assert Sampler([3]).sample(logits, [held])[0].token_id == 3
+
+
+def test_logprobs_are_of_the_unmodified_logits() -> None:
+    logits = random_logits(2)
+    request = make([1], temperature=0, logprobs=3, logit_bias={5: 100.0})
+    sample = Sampler([]).sample(logits, [request, make([1], seed=1)])[0]
+    wanted = torch.log_softmax(logits[0].double(), -1)
+    assert sample.token_id == 5
+    assert sample.logprobs is not None
+    assert sample.logprobs.logprob == pytest.approx(float(wanted[5]), abs=1e-5)
+    assert sample.logprobs.rank == int((wanted > wanted[5]).sum()) + 1
+    assert [t for t, _ in sample.logprobs.top] == wanted.topk(3).indices.tolist()
+
+
+def test_logprobs_zero_gives_the_chosen_token_alone() -> None:
+    sample = Sampler([]).sample(random_logits(1), [make([1], temperature=0, logprobs=0)])[0]
+    assert sample.logprobs is not None
+    assert sample.logprobs.top == []
+    assert sample.logprobs.rank == 1
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_rows_that_are_not_finite_have_no_token(bad: float) -> None:
+    logits = random_logits(2)
+    logits[0, 10] = bad
+    first, second = Sampler([]).sample(logits, [make([1]), make([1], seed=1)])
+    assert first.token_id is None
+    assert second.token_id is not None
+
+
+def test_a_very_low_temperature_is_the_argmax() -> None:
+    logits = random_logits(1)
+    (sample,) = Sampler([]).sample(logits, [make([1], temperature=1e-4)])
+    assert sample.token_id == int(logits.argmax())
