@@ -1,0 +1,119 @@
+"""`Tokenizer`: text to token ids and back, for one model; `load_tokenizer` reads it from a checkpoint.
+
+The work is done by the `tokenizers` library. This module owns the choice between reading control tokens in
+a text (rendered chat templates) and treating them as ordinary characters (everything a user typed), and the
+two facts the rest of the package asks for: which ids are special, and which bytes a token stands for. It
+knows no requests and no templates. Invariant: nothing is mutated after construction, so one instance serves
+all threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import tokenizers
+
+from gqa_serve.engine.token_pieces import PieceTable
+from gqa_serve.errors import ModelError, RequestError
+
+
+class Tokenizer:
+    """One model's tokenizer.
+
+    `special_tokens` maps the usual names (`bos_token`, `eos_token`, `unk_token`, `pad_token`, ...) to token
+    texts. `vocab_size` is one more than the largest id, unless given (a GGUF file says it).
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        special_tokens: Mapping[str, str] | None = None,
+        vocab_size: int | None = None,
+    ) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = False
+        self._backend = backend
+        self._literal = _literal_view(backend)
+        self.special_tokens: dict[str, str] = dict(special_tokens or {})
+        self.pieces = PieceTable(backend)
+        added = backend.get_added_tokens_decoder()
+        self.special_ids: frozenset[int] = frozenset(id_ for id_, token in added.items() if token.special)
+        self.vocab_size: int = vocab_size or max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        self.bos_token_id: int | None = self._id_of("bos_token")
+        self.eos_token_id: int | None = self._id_of("eos_token")
+
+    def _id_of(self, name: str) -> int | None:
+        text = self.special_tokens.get(name)
+        token_id: int | None = None if text is None else self._backend.token_to_id(text)
+        return token_id
+
+    def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = False) -> list[int]:
+        """Token ids of `text`.
+
+        With `parse_special` False, text that spells a control token ("<|im_end|>") is encoded as the ordinary
+        characters it is; with True it becomes the control token: for rendered chat templates only.
+        `add_special_tokens` adds what the model's own settings add (usually a beginning-of-sequence token).
+        Raises RequestError for text that is not valid Unicode (lone surrogates).
+        """
+        backend = self._backend if parse_special else self._literal
+        try:
+            ids: list[int] = backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError as error:
+            raise RequestError("The text holds a lone surrogate, which is not valid Unicode.") from error
+        return ids
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of `ids`, as transformers decodes with clean_up_tokenization_spaces=False.
+
+        Ids outside the vocabulary (padding rows of the embedding) add nothing.
+        """
+        text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes `token_id` adds to a text; a special token gives its own text, an unknown id nothing."""
+        piece = self.pieces.get(token_id)
+        if piece is None:
+            return b""
+        return piece if isinstance(piece, bytes) else piece.encode()
+
+    def token_id(self, token: str) -> int | None:
+        """The id of the vocabulary entry spelled exactly `token`, or None."""
+        token_id: int | None = self._backend.token_to_id(token)
+        return token_id
+
+
+def _literal_view(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """A second tokenizer over the same vocabulary (shared, not copied) that reads no control tokens.
+
+    `encode_special_tokens` is a switch on the object, so two objects are what makes concurrent use safe.
+    Added tokens that are not special are still recognised, as in transformers' split_special_tokens=True.
+    """
+    view = tokenizers.Tokenizer(backend.model)
+    for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        if (value := getattr(backend, part)) is not None:
+            setattr(view, part, value)
+    added = sorted(backend.get_added_tokens_decoder().items())
+    view.add_tokens([token for _, token in added])
+    view.encode_special_tokens = True
+    if [id_ for id_, _ in sorted(view.get_added_tokens_decoder().items())] != [id_ for id_, _ in added]:
+        raise ModelError("The tokenizer's added tokens have inconsistent ids; its tokenizer.json is damaged.")
+    return view
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint directory or a .gguf file.
+
+    Raises ModelError if it is missing or damaged, UnsupportedModelError if it is of a kind not served here.
+    """
+    if path.is_dir():
+        from gqa_serve.engine.tokenizer_files import load_directory_tokenizer
+
+        return load_directory_tokenizer(path)
+    from gqa_serve.engine.gguf_tokenizer import build_gguf_tokenizer
+    from gqa_serve.engine.weights.gguf import read_gguf_metadata
+
+    return build_gguf_tokenizer(read_gguf_metadata(path))
