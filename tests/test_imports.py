@@ -76,7 +76,8 @@ def test_no_pickle_anywhere() -> None:
 
 
 @pytest.mark.parametrize(
-    "statement", ["import gqa_serve", "import gqa_serve.cli", "import gqa_serve.engine.client"]
+    "statement",
+    ["import gqa_serve", "import gqa_serve.cli", "import gqa_serve.server, gqa_serve.engine.weights.gguf"],
 )
 def test_importing_costs_no_torch(statement: str) -> None:
     code = f"{statement}; import sys; sys.exit('torch' in sys.modules)"

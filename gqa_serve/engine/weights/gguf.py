@@ -10,9 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from gguf.constants import GGMLQuantizationType
 
 from gqa_serve.engine.weights.checkpoint import Checkpoint
@@ -20,6 +19,9 @@ from gqa_serve.engine.weights.gguf_config import translate_config, translate_gen
 from gqa_serve.engine.weights.gguf_file import GgufFile, GgufTensor, total_bytes
 from gqa_serve.engine.weights.gguf_names import CONFIG_TENSORS, hf_name, rules_for, undo_conversion
 from gqa_serve.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
 
 _SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 _PLAIN_DTYPES = {
@@ -63,6 +65,8 @@ class GgufCheckpoint(Checkpoint):
         self._check_permutable()
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        import torch  # here alone: reading metadata must not cost its import
+
         num_heads = self.raw_config["num_attention_heads"]
         num_kv_heads = self.raw_config["num_key_value_heads"]
         for name, stored in self._tensors.items():

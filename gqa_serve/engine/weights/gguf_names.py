@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from gqa_serve.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    import torch
 
 # Read into the config (rotary factors), not into the model.
 CONFIG_TENSORS = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"})

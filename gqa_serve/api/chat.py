@@ -1,0 +1,252 @@
+"""POST /v1/chat/completions: messages in, one assistant message (or `n`) out.
+
+Owns the checks on messages, the rendering of the chat template and the shape of chat answers; `serving.py`
+runs the generation. Knows no engine. Invariant: a message part this server cannot read is refused, never
+dropped.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from gqa_serve.api.errors import shorten
+from gqa_serve.api.json_guard import read_request
+from gqa_serve.api.logprobs import chat_logprobs
+from gqa_serve.api.params import FieldRules, choice_count, sampling_params
+from gqa_serve.api.protocol import (
+    AssistantMessage,
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatLogprobs,
+    ChatMessage,
+    ChatRequest,
+    ContentPart,
+    Delta,
+    Usage,
+)
+from gqa_serve.api.serving import Job, ServingContext, answer, fingerprint, off_loop
+from gqa_serve.api.text_stream import TextEvent
+from gqa_serve.engine.chat_template import check_template_kwargs, normalise_messages
+from gqa_serve.engine.request import MAX_LOGPROBS, TokenLogprobs
+from gqa_serve.errors import RequestError
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+class ChatCompletions:
+    """The endpoint."""
+
+    def __init__(self, context: ServingContext) -> None:
+        self._context = context
+        self._rules = FieldRules.chat()
+
+    async def post(self, request: Request) -> Response:
+        """Decode, check, render, tokenize, generate. Raises RequestError."""
+        context = self._context
+        fields, raw = await read_request(request, context.config.max_body_bytes, ChatRequest)
+        model = context.check_model(fields.model)
+        n = choice_count(fields)
+        self._rules.check(raw, n)
+        messages = checked_messages(fields.messages)
+        num_logprobs = _num_logprobs(fields)
+        for limit in ("max_tokens", "max_completion_tokens"):
+            if getattr(fields, limit) == 0:
+                raise RequestError(f"{limit} must be at least 1.", param=limit)
+        info = context.ready_info()
+        params = sampling_params(
+            fields,
+            info.generation_config,
+            default_max_tokens=None,
+            logprobs=num_logprobs,
+            prompt_logprobs=None,
+            vocab_size=info.vocab_size,
+        )
+        prompt = await self._prompt(fields, messages)
+        job = Job.new(
+            "chatcmpl",
+            model=model,
+            fingerprint=fingerprint(info),
+            fields=fields,
+            prompts=[prompt],
+            params=[params.fit(len(prompt), info.max_model_len, param="messages")],
+            n=n,
+        )
+        return await answer(request, context, ChatReply(context, job, num_logprobs))
+
+    async def _prompt(self, fields: ChatRequest, messages: list[dict[str, Any]]) -> list[int]:
+        """The rendered conversation as token ids; control tokens in it are the template's."""
+        options = dict(fields.chat_template_kwargs or {})
+        check_template_kwargs(options)
+        if fields.reasoning_effort is not None:
+            options.setdefault("reasoning_effort", fields.reasoning_effort)
+        final = bool(fields.continue_final_message)
+        if final and messages[-1]["role"] != "assistant":
+            raise RequestError(
+                "continue_final_message needs an assistant message at the end.", param="messages"
+            )
+        add_prompt = not final if fields.add_generation_prompt is None else fields.add_generation_prompt
+        context = self._context
+
+        def render_and_encode() -> list[int]:
+            text = context.chat_template.render(
+                normalise_messages(messages, context.chat_template),
+                add_generation_prompt=add_prompt,
+                continue_final_message=final,
+                **options,
+            )
+            return context.tokenizer.encode(
+                text, add_special_tokens=bool(fields.add_special_tokens), parse_special=True
+            )
+
+        size = sum(len(str(message.get("content"))) for message in messages)
+        prompt = await off_loop(size, render_and_encode)
+        if not prompt:
+            raise RequestError("The messages render to an empty prompt.", param="messages")
+        return prompt
+
+
+def _num_logprobs(fields: ChatRequest) -> int | None:
+    """How many alternatives per token; None for no logprobs. Raises RequestError."""
+    if not fields.logprobs:
+        if fields.top_logprobs:
+            raise RequestError("top_logprobs needs logprobs: true.", param="top_logprobs")
+        return None
+    num_top = fields.top_logprobs or 0
+    if not 0 <= num_top <= MAX_LOGPROBS:
+        raise RequestError(
+            f"top_logprobs must be between 0 and {MAX_LOGPROBS}, got {num_top}.", param="top_logprobs"
+        )
+    return num_top
+
+
+def checked_messages(messages: list[ChatMessage]) -> list[dict[str, Any]]:
+    """The messages as chat templates take them. Raises RequestError naming the message and part."""
+    if not messages:
+        raise RequestError("messages must hold at least one message.", param="messages")
+    return [_checked(message, f"messages[{number}]") for number, message in enumerate(messages)]
+
+
+def _checked(message: ChatMessage, where: str) -> dict[str, Any]:
+    if message.role not in ROLES:
+        raise RequestError(
+            f"{where}.role must be one of {', '.join(ROLES)}; got {shorten(message.role)!r}.",
+            param=f"{where}.role",
+        )
+    result: dict[str, Any] = {"role": message.role}
+    if isinstance(message.content, list):
+        result["content"] = [
+            {"type": "text", "text": _part_text(part, f"{where}.content[{number}]")}
+            for number, part in enumerate(message.content)
+        ]
+    elif message.content is not None:
+        result["content"] = message.content
+    elif message.role == "assistant":
+        result["content"] = message.refusal or ""
+    else:
+        raise RequestError(
+            f"{where}.content is missing; only assistant messages may leave it out.",
+            param=f"{where}.content",
+        )
+    for name in ("function_call", "audio"):
+        if getattr(message, name) is not None:
+            raise RequestError(f"{where}.{name} is not supported.", param=f"{where}.{name}")
+    if message.role != "assistant" and message.tool_calls:
+        raise RequestError(
+            f"{where}.tool_calls belongs to assistant messages only.", param=f"{where}.tool_calls"
+        )
+    if message.tool_calls:
+        result["tool_calls"] = [_tool_call(call) for call in message.tool_calls]
+    if message.name is not None:
+        result["name"] = message.name
+    if message.tool_call_id is not None:
+        result["tool_call_id"] = message.tool_call_id
+    if (reasoning := message.reasoning_content or message.reasoning) is not None:
+        result["reasoning_content"] = reasoning
+    return result
+
+
+def _part_text(part: ContentPart, where: str) -> str:
+    text = {"text": part.text, "refusal": part.refusal}.get(part.type)
+    if text is not None:
+        return text
+    if part.type in ("text", "refusal"):
+        raise RequestError(f"Missing required field: {where}.{part.type}.", param=f"{where}.{part.type}")
+    raise RequestError(
+        f"{where}: content parts of type {shorten(part.type)!r} are not supported; send text.",
+        param=where,
+    )
+
+
+def _tool_call(call: Any) -> dict[str, Any]:
+    function = {"name": call.function.name, "arguments": call.function.arguments or "{}"}
+    return {"id": call.id, "type": call.type or "function", "function": function}
+
+
+class ChatReply:
+    """Chat answers, whole and in chunks."""
+
+    def __init__(self, context: ServingContext, job: Job, num_logprobs: int | None) -> None:
+        self.job = job
+        self._tokenizer = context.tokenizer
+        self._num_logprobs = num_logprobs
+
+    def _logprobs(self, entries: list[TokenLogprobs] | None) -> ChatLogprobs | None:
+        if self._num_logprobs is None:
+            return None
+        return chat_logprobs(entries or [], self._num_logprobs, self._tokenizer)
+
+    def _chunk(self, choices: list[ChatChunkChoice]) -> ChatChunk:
+        job = self.job
+        return ChatChunk(
+            id=job.id,
+            created=job.created,
+            model=job.model,
+            system_fingerprint=job.fingerprint,
+            choices=choices,
+        )
+
+    def opening(self) -> list[ChatChunk]:
+        """The role, once per choice."""
+        delta = Delta(role="assistant", content="")
+        return [self._chunk([ChatChunkChoice(index, delta)]) for index in range(self.job.n)]
+
+    def chunks(self, event: TextEvent) -> list[ChatChunk]:
+        """New text (or logprobs of text that is still held back), then the end."""
+        chunks = []
+        if event.text or event.logprobs:
+            logprobs = self._logprobs(event.logprobs)
+            chunks.append(self._chunk([ChatChunkChoice(event.index, Delta(content=event.text), logprobs)]))
+        if event.finish_reason is not None:
+            end = ChatChunkChoice(event.index, Delta(), finish_reason=event.finish_reason)
+            chunks.append(self._chunk([end]))
+        return chunks
+
+    def usage_chunk(self) -> ChatChunk:
+        """No choices: clients must not look for text here."""
+        return self._chunk([])
+
+    def whole(self, events: list[TextEvent], usage: Usage) -> ChatCompletion:
+        """All choices at once."""
+        choices = [
+            ChatChoice(
+                event.index,
+                AssistantMessage(content=event.text),
+                self._logprobs(event.logprobs),
+                event.finish_reason,
+            )
+            for event in events
+        ]
+        job = self.job
+        return ChatCompletion(
+            id=job.id,
+            created=job.created,
+            model=job.model,
+            choices=choices,
+            usage=usage,
+            system_fingerprint=job.fingerprint,
+        )

@@ -1,0 +1,186 @@
+"""What request fields mean: refusals, no-ops, defaults, and the `SamplingParams` of each choice.
+
+Owns the rule "honour or refuse": a documented field that is not built is a 400 unless it is null or says
+what happens anyway; a field nobody documents is ignored with one logged warning per name. Knows no HTTP and
+no engine. Invariant: the `SamplingParams` returned here have been validated.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from gqa_serve.api.errors import shorten
+from gqa_serve.api.json_guard import RawFields, decode_field
+from gqa_serve.api.protocol import ChatRequest, CompletionRequest, SamplingFields
+from gqa_serve.engine.request import MAX_LOGPROBS, SamplingParams, sampling_defaults
+from gqa_serve.errors import RequestError
+
+MAX_CHOICES = 1024  # prompts times n; more is a mistake, and each choice is a request to the engine
+MAX_WARNED_FIELDS = 64
+DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, for /v1/completions only
+
+# Accepted because they ask for nothing this server could do otherwise: it stores nothing, has one service
+# tier, caches by content, and makes no tool calls.
+NO_OPS = frozenset(
+    {"user", "metadata", "store", "service_tier", "safety_identifier", "parallel_tool_calls"}
+    | {"prompt_cache_key", "prompt_cache_retention", "prompt_cache_options"}
+)
+
+# Field -> the values (besides null) that describe what happens anyway.
+_REFUSED: dict[str, tuple[Any, ...]] = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "web_search_options": (),
+    "verbosity": ("medium",),
+    "moderation": (),
+    "suffix": ("",),
+    "chat_template": (),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_decoding_backend": (),
+    "guided_whitespace_pattern": (),
+    "json_schema": (),
+    "regex": (),
+    "ebnf": (),
+    "grammar": (),
+    "prompt_logprobs": (),
+    "prompt_embeds": (),
+    "use_beam_search": (False,),
+    "length_penalty": (1.0,),
+    "bad_words": ([],),
+    "allowed_token_ids": (),
+    "truncate_prompt_tokens": (),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "logits_processors": ([],),
+    "documents": ([],),
+}
+_REFUSED_CHAT = {**_REFUSED, "echo": (False,), "best_of": (1,)}
+_REFUSED_COMPLETION = {**_REFUSED, "top_logprobs": (0,), "reasoning_effort": ()}
+
+logger = logging.getLogger(__name__)
+
+
+class FieldRules:
+    """The fields one endpoint knows, refuses and ignores; remembers which unknown ones it has logged."""
+
+    def __init__(self, type: type[SamplingFields], refused: Mapping[str, tuple[Any, ...]]) -> None:
+        self._known = frozenset(type.__struct_fields__) | NO_OPS | {"best_of"}
+        self._refused = refused
+        self._warned: set[str] = set()
+
+    @classmethod
+    def chat(cls) -> FieldRules:
+        """The rules of /v1/chat/completions."""
+        return cls(ChatRequest, _REFUSED_CHAT)
+
+    @classmethod
+    def completion(cls) -> FieldRules:
+        """The rules of /v1/completions."""
+        return cls(CompletionRequest, _REFUSED_COMPLETION)
+
+    def covers(self, name: str) -> bool:
+        """Whether a field is honoured, a documented no-op or refused, rather than unknown."""
+        return name in self._known or name in self._refused
+
+    def check(self, raw: RawFields, n: int) -> None:
+        """Raises RequestError for a field that promises something this server does not do."""
+        for name, value in raw.items():
+            if name in self._refused:
+                self._refuse(name, decode_field(name, value))
+            elif name == "best_of":
+                best_of = decode_field(name, value)
+                if best_of is not None and best_of != n:
+                    raise RequestError("best_of must equal n: this server ranks no choices.", param=name)
+            elif name not in self._known:
+                self._warn(name)
+
+    def _refuse(self, name: str, value: Any) -> None:
+        harmless = self._refused[name]
+        if value is None or any(value == other for other in harmless):
+            return
+        allowed = ", ".join([msgspec.json.encode(other).decode() for other in harmless] + ["null"])
+        raise RequestError(
+            f"{name} is not supported by this server; leave it out (or send {allowed}).",
+            param=name,
+            code="unsupported_parameter",
+        )
+
+    def _warn(self, name: str) -> None:
+        if name in self._warned or len(self._warned) >= MAX_WARNED_FIELDS:
+            return
+        self._warned.add(name)
+        logger.warning("Ignoring unknown request field %r.", shorten(name))
+
+
+def choice_count(fields: SamplingFields, num_prompts: int = 1) -> int:
+    """`n`, checked against its range and against `MAX_CHOICES` over all prompts. Raises RequestError."""
+    n = 1 if fields.n is None else fields.n
+    if not 1 <= n <= 128:
+        raise RequestError(f"n must be between 1 and 128, got {n}.", param="n")
+    if n * num_prompts > MAX_CHOICES:
+        raise RequestError(
+            f"{num_prompts} prompts with n={n} are more than {MAX_CHOICES} choices. Send several requests.",
+            param="prompt",
+        )
+    return n
+
+
+def sampling_params(
+    fields: SamplingFields,
+    generation_config: Mapping[str, Any],
+    *,
+    default_max_tokens: int | None,
+    logprobs: int | None,
+    prompt_logprobs: int | None,
+    vocab_size: int,
+) -> SamplingParams:
+    """What `fields` ask for, the checkpoint's defaults where they are silent. Raises RequestError.
+
+    `max_tokens` is not clamped to the context yet (`SamplingParams.fit`). `max_completion_tokens` wins
+    over `max_tokens` where both are given, as in vLLM: it is the newer name.
+    """
+    limit_name = "max_tokens" if fields.max_completion_tokens is None else "max_completion_tokens"
+    max_tokens: int | None = getattr(fields, limit_name)
+    if max_tokens is not None and max_tokens < 0:
+        raise RequestError(f"{limit_name} must not be negative, got {max_tokens}.", param=limit_name)
+    values = sampling_defaults(generation_config)
+    for name in SamplingParams.__struct_fields__:
+        value = getattr(fields, name, None)
+        if value is not None and name not in ("n", "logprobs", "max_tokens"):
+            values[name] = value
+    if values.get("top_k") == -1:  # "off" as vLLM and transformers' users spell it
+        values["top_k"] = 0
+    if isinstance(fields.stop, str):
+        values["stop"] = [fields.stop]
+    if fields.logit_bias is not None:
+        values["logit_bias"] = {_token_id(key): bias for key, bias in fields.logit_bias.items()}
+    if logprobs is not None and not 0 <= logprobs <= MAX_LOGPROBS:
+        raise RequestError(
+            f"logprobs must be between 0 and {MAX_LOGPROBS}, got {logprobs}.", param="logprobs"
+        )
+    values["max_tokens"] = default_max_tokens if max_tokens is None else max_tokens
+    params = SamplingParams(**values, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
+    params.validate(vocab_size)
+    return params
+
+
+def _token_id(key: str) -> int:
+    if not (key.isascii() and key.isdigit() and len(key) <= 10):
+        raise RequestError(
+            f"logit_bias keys are token ids written as text, got {shorten(key)!r}.", param="logit_bias"
+        )
+    return int(key)

@@ -1,0 +1,262 @@
+"""The JSON of the OpenAI API as msgspec structs: requests as clients send them, answers as they expect them.
+
+Owns field names, types and null rules, nothing else: `params.py` says what the values mean. Every optional
+field takes an explicit null. Unknown fields are dropped here (and logged by `params.py`). Invariant: key
+order and presence of the answers follow OpenAI's, because clients compare and index them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+# Bounded by 64 bits, so that no later arithmetic meets a 5,000-digit number.
+Int = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+Prompt = str | list[str | int | list[int]]
+
+
+class StreamOptions(msgspec.Struct):
+    """What a stream carries besides text."""
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: bool | None = None  # nothing to obfuscate: chunks are not padded
+
+
+class SamplingFields(msgspec.Struct, kw_only=True):
+    """What chat and plain completions have in common."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Int | None = None
+    max_tokens: Int | None = None
+    max_completion_tokens: Int | None = None
+    min_tokens: Int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: Int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    seed: Int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[Int] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    priority: Int | None = None
+    cache_salt: str | None = None
+    add_special_tokens: bool | None = None
+
+
+class ContentPart(msgspec.Struct):
+    """One part of a message's content; `type` decides which field counts."""
+
+    type: str
+    text: str | None = None
+    refusal: str | None = None
+
+
+class FunctionCall(msgspec.Struct):
+    """A function the assistant called earlier; `arguments` is JSON text."""
+
+    name: str
+    arguments: str | None = None
+
+
+class ToolCall(msgspec.Struct):
+    """A tool call of an earlier assistant message."""
+
+    function: FunctionCall
+    id: str | None = None
+    type: str | None = None
+
+
+class ChatMessage(msgspec.Struct):
+    """One message, including an assistant message as the SDK dumps it (nulls, refusal, annotations)."""
+
+    role: str
+    content: str | list[ContentPart] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    refusal: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    function_call: Any = None  # what tool_calls replaced; refused unless null
+    audio: Any = None
+
+
+class ChatRequest(SamplingFields):
+    """Body of POST /v1/chat/completions."""
+
+    messages: list[ChatMessage]
+    logprobs: bool | None = None
+    top_logprobs: Int | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    reasoning_effort: str | None = None
+
+
+class CompletionRequest(SamplingFields):
+    """Body of POST /v1/completions."""
+
+    prompt: Prompt
+    logprobs: Int | None = None
+    echo: bool | None = None
+
+
+# --- answers -----------------------------------------------------------------------------------------------
+
+ApiFinishReason = Literal["stop", "length"]
+
+
+class PromptTokensDetails(msgspec.Struct):
+    """How much of the prompt came from the prefix cache."""
+
+    cached_tokens: int
+
+
+class Usage(msgspec.Struct):
+    """Token counts over all prompts and choices of a request."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class TopLogprob(msgspec.Struct):
+    """One alternative at a position."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatTokenLogprob(msgspec.Struct):
+    """One generated token with its alternatives."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(msgspec.Struct):
+    """Logprobs of a chat choice or chunk."""
+
+    content: list[ChatTokenLogprob]
+    refusal: None = None
+
+
+class AssistantMessage(msgspec.Struct, kw_only=True):
+    """The generated message."""
+
+    role: str = "assistant"
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(msgspec.Struct):
+    """One choice of a chat completion."""
+
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: ApiFinishReason | None
+
+
+class ChatCompletion(msgspec.Struct, kw_only=True):
+    """Answer of POST /v1/chat/completions."""
+
+    id: str
+    object: str = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    system_fingerprint: str
+
+
+class Delta(msgspec.Struct):
+    """What a chunk adds to the message; absent keys add nothing."""
+
+    role: str | UnsetType = UNSET
+    content: str | UnsetType = UNSET
+
+
+class ChatChunkChoice(msgspec.Struct):
+    """The one choice a chunk speaks of."""
+
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: ApiFinishReason | None = None
+
+
+class ChatChunk(msgspec.Struct, kw_only=True):
+    """One SSE event of a chat stream; `usage` is absent unless asked for, then null but in the last."""
+
+    id: str
+    object: str = "chat.completion.chunk"
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | UnsetType | None = UNSET
+
+
+class LegacyLogprobs(msgspec.Struct):
+    """Logprobs of a plain completion: four lists of one entry per token."""
+
+    text_offset: list[int] = []
+    token_logprobs: list[float | None] = []
+    tokens: list[str] = []
+    top_logprobs: list[dict[str, float] | None] = []
+
+
+class TextChoice(msgspec.Struct):
+    """One choice (or, in a stream, a piece of one) of a plain completion."""
+
+    text: str
+    index: int
+    logprobs: LegacyLogprobs | None
+    finish_reason: ApiFinishReason | None
+
+
+class TextCompletion(msgspec.Struct, kw_only=True):
+    """Answer of POST /v1/completions, and each SSE event of its stream."""
+
+    id: str
+    object: str = "text_completion"
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[TextChoice]
+    usage: Usage | UnsetType | None = UNSET
+
+
+class ModelCard(msgspec.Struct, kw_only=True):
+    """One entry of GET /v1/models."""
+
+    id: str
+    object: str = "model"
+    created: int
+    owned_by: str = "gqa-serve"
+    root: str | None
+    parent: None = None
+    max_model_len: int | None
+
+
+class ModelList(msgspec.Struct):
+    """Answer of GET /v1/models."""
+
+    data: list[ModelCard]
+    object: str = "list"

@@ -1,0 +1,294 @@
+"""What both completion endpoints share: admission, submission, and answering whole or as a stream.
+
+Owns the HTTP life of a generation: nothing is sent before the first token (so an early failure is a plain
+HTTP status), a client that leaves is noticed at any time, and `Generation.abort` runs whatever happens.
+Knows the endpoints only through `Reply`. Invariant: every submitted engine request is aborted or has ended
+when the response is over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import hashlib
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any, Protocol, TypeVar
+
+import anyio.to_thread
+import msgspec
+from sse_starlette import EventSourceResponse, ServerSentEvent
+from sse_starlette.sse import SendTimeoutError
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from gqa_serve import __version__
+from gqa_serve.api.errors import error_json, shorten
+from gqa_serve.api.protocol import PromptTokensDetails, SamplingFields, Usage
+from gqa_serve.api.text_stream import Choice, Generation, TextEvent, TokenStream
+from gqa_serve.engine.chat_template import ChatTemplate
+from gqa_serve.engine.detokenizer import TextAssembler
+from gqa_serve.engine.request import EngineRequest, ModelInfo, SamplingParams
+from gqa_serve.engine.tokenizer import Tokenizer
+from gqa_serve.errors import EngineUnavailableError, NotFoundError, RequestError
+
+PING_INTERVAL_S = 15  # proxies cut idle connections after 60
+FIRST_TOKEN_PATIENCE_S = 15.0  # then the stream starts without one, so that pings can keep it alive
+SEND_TIMEOUT_S = 60.0  # a client that reads nothing for so long is gone
+LARGE_TEXT_CHARS = 16 * 1024  # above this, tokenizing and templates move to a worker thread
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class ServingEngine(Protocol):
+    """What the API needs of `AsyncEngine`."""
+
+    @property
+    def state(self) -> str: ...
+
+    @property
+    def model_info(self) -> ModelInfo | None: ...
+
+    def submit(self, request: EngineRequest) -> TokenStream: ...
+
+
+class ServingConfig(Protocol):
+    """What the API needs of `ServerConfig`."""
+
+    @property
+    def served_model_name(self) -> Sequence[str]: ...
+
+    @property
+    def max_body_bytes(self) -> int: ...
+
+    @property
+    def drain_timeout(self) -> float: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ServingContext:
+    """What every endpoint holds."""
+
+    engine: ServingEngine
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate
+    config: ServingConfig
+    started: int = dataclasses.field(default_factory=lambda: int(time.time()))
+
+    @property
+    def model_names(self) -> Sequence[str]:
+        """The names clients may use, the first one canonical."""
+        if self.config.served_model_name:
+            return self.config.served_model_name
+        info = self.engine.model_info
+        return () if info is None else (info.model,)
+
+    def check_model(self, name: str | None) -> str:
+        """The model name to answer with; none given means the one there is.
+
+        Raises NotFoundError, or EngineUnavailableError while the name is not known yet.
+        """
+        names = self.model_names or (self.ready_info().model,)
+        if name is None:
+            return names[0]
+        if name in names:
+            return name
+        raise NotFoundError(
+            f"The model {shorten(name)!r} is not served here; GET /v1/models lists what is.",
+            param="model",
+            code="model_not_found",
+        )
+
+    def ready_info(self) -> ModelInfo:
+        """The loaded model. Raises EngineUnavailableError while there is none that answers."""
+        state, info = self.engine.state, self.engine.model_info
+        if state != "ready" or info is None:
+            raise EngineUnavailableError(f"The engine is {state}; try again in a few seconds.")
+        return info
+
+
+def fingerprint(info: ModelInfo) -> str:
+    """`system_fingerprint`: changes when the same seed may give other text."""
+    parts = (__version__, info.model, info.dtype, info.device, info.backend, info.weight_bytes)
+    return "fp_" + hashlib.blake2b(repr(parts).encode(), digest_size=5).hexdigest()
+
+
+async def off_loop(size: int, work: Callable[[], T]) -> T:
+    """`work()`, in a worker thread if its input of `size` characters is large enough to stall others."""
+    return work() if size < LARGE_TEXT_CHARS else await anyio.to_thread.run_sync(work)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One HTTP request, ready for the engine: prompt-major choices, `n` for each prompt."""
+
+    id: str
+    created: int
+    model: str
+    fingerprint: str
+    fields: SamplingFields
+    prompts: Sequence[Sequence[int]]
+    params: Sequence[SamplingParams]  # one per prompt
+    n: int
+
+    @classmethod
+    def new(cls, prefix: str, **values: Any) -> Job:
+        """A job with a fresh id that starts with `prefix`."""
+        return cls(id=f"{prefix}-{uuid.uuid4().hex}", created=int(time.time()), **values)
+
+    def engine_requests(self) -> list[EngineRequest]:
+        """One per choice; those of one prompt form a group, which shares the prompt's blocks."""
+        return [
+            EngineRequest(
+                request_id=f"{self.id}-{number * self.n + choice}",
+                prompt=list(prompt),
+                params=params.for_choice(choice),
+                priority=self.fields.priority or 0,
+                group=f"{self.id}-{number}" if self.n > 1 else None,
+                cache_salt=self.fields.cache_salt,
+            )
+            for number, (prompt, params) in enumerate(zip(self.prompts, self.params, strict=True))
+            for choice in range(self.n)
+        ]
+
+    def usage(self, generation: Generation) -> Usage:
+        """Counts so far: a prompt once, however many choices it has."""
+        num_prompt = sum(len(prompt) for prompt in self.prompts)
+        num_output = sum(choice.num_tokens for choice in generation.choices)
+        cached = sum(choice.num_cached_tokens for choice in generation.choices[:: self.n])
+        return Usage(num_prompt, num_output, num_prompt + num_output, PromptTokensDetails(cached))
+
+
+class Reply(Protocol):
+    """How one endpoint spells its answer. Chunks are msgspec structs with a `usage` field."""
+
+    job: Job
+
+    def opening(self) -> list[Any]:
+        """Chunks before any text."""
+
+    def chunks(self, event: TextEvent) -> list[Any]:
+        """Chunks for one event; none if it says nothing a client can see."""
+
+    def usage_chunk(self) -> Any:
+        """The chunk with no choices that carries the usage."""
+
+    def whole(self, events: list[TextEvent], usage: Usage) -> Any:
+        """The answer of a request that does not stream."""
+
+
+def submit(context: ServingContext, job: Job) -> Generation:
+    """Hand every choice to the engine; all or none. Raises QueueFullError, EngineUnavailableError."""
+    choices: list[Choice] = []
+    try:
+        for index, request in enumerate(job.engine_requests()):
+            stream = context.engine.submit(request)
+            assembler = TextAssembler(context.tokenizer, request.params, request.prompt)
+            choices.append(Choice(index, request, stream, assembler))
+    except BaseException:
+        for choice in choices:
+            choice.stream.abort()
+        raise
+    return Generation(choices)
+
+
+async def answer(request: Request, context: ServingContext, reply: Reply) -> Response:
+    """Run the job and answer the request, as a stream if it asked for one. Raises RequestError."""
+    generation = submit(context, reply.job)
+    headers = {"x-request-id": reply.job.id}
+    streaming = False
+    try:
+        if not reply.job.fields.stream:
+            events = await unless_gone(request, generation.collect())
+            body = msgspec.json.encode(reply.whole(events, reply.job.usage(generation)))
+            return Response(body, 200, headers, "application/json")
+        await unless_gone(request, generation.first_event(FIRST_TOKEN_PATIENCE_S))
+        response = GenerationResponse(generation, reply, headers, context.config.drain_timeout)
+        streaming = True
+        return response
+    finally:
+        if not streaming:
+            generation.abort()
+
+
+async def unless_gone(request: Request, work: Awaitable[T]) -> T:
+    """The result of `work`. Raises ClientDisconnect, and cancels `work`, as soon as the client leaves."""
+    task = asyncio.ensure_future(work)
+    watcher = asyncio.create_task(_client_left(request))
+    try:
+        await asyncio.wait((task, watcher), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        task.cancel()
+        watcher.cancel()
+        await asyncio.gather(task, watcher, return_exceptions=True)
+
+
+async def _client_left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+class GenerationResponse(EventSourceResponse):
+    """An SSE response that ends its generation when it ends, for whatever reason."""
+
+    def __init__(
+        self, generation: Generation, reply: Reply, headers: dict[str, str], drain_timeout_s: float
+    ) -> None:
+        self._generation = generation
+        super().__init__(
+            sse_events(generation, reply),
+            headers={"Cache-Control": "no-cache", **headers},
+            ping=PING_INTERVAL_S,
+            ping_message_factory=lambda: ServerSentEvent(comment="keep-alive", sep="\n"),
+            sep="\n",
+            send_timeout=SEND_TIMEOUT_S,
+            # A stopping server lets streams finish, as it does other requests.
+            shutdown_grace_period=drain_timeout_s,
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        except SendTimeoutError:
+            logger.warning("A client read nothing for %g s; its stream was ended.", SEND_TIMEOUT_S)
+        finally:
+            self._generation.abort()  # the iterator's own finally never runs if it was never started
+
+
+async def sse_events(generation: Generation, reply: Reply) -> AsyncIterator[bytes]:
+    """The stream's bytes: chunks, the usage if asked for, [DONE]; an error replaces what is left."""
+    encode = msgspec.json.Encoder().encode
+    options = reply.job.fields.stream_options
+    with_usage = options is not None and bool(options.include_usage)
+    running = with_usage and options is not None and bool(options.continuous_usage_stats)
+
+    def event(chunk: Any) -> bytes:
+        if with_usage:
+            chunk.usage = reply.job.usage(generation) if running else None
+        return b"data: " + encode(chunk) + b"\n\n"
+
+    try:
+        if opening := b"".join(map(event, reply.opening())):
+            yield opening
+        async for events in generation.batches():
+            data = b"".join(event(chunk) for item in events for chunk in reply.chunks(item))
+            if data:
+                yield data
+        if with_usage:
+            last = reply.usage_chunk()
+            last.usage = reply.job.usage(generation)
+            yield b"data: " + encode(last) + b"\n\n"
+    except Exception as error:
+        if not isinstance(error, RequestError):
+            logger.exception("Streaming %s failed.", reply.job.id)
+        yield b"data: " + error_json(error) + b"\n\n"
+    finally:
+        generation.abort()
+    yield b"data: [DONE]\n\n"

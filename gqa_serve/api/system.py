@@ -1,0 +1,64 @@
+"""GET /health, /ready, /version and /v1/models: what the server is and whether it can answer.
+
+Owns the meaning of alive and ready. Knows the engine only by its state. Invariant: /health is 200 only while
+the engine can work (also while it finishes its last requests), /ready only while it takes new ones.
+"""
+
+from __future__ import annotations
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from gqa_serve import __version__
+from gqa_serve.api.protocol import ModelCard, ModelList
+from gqa_serve.api.serving import ServingContext
+from gqa_serve.errors import EngineUnavailableError
+
+_ALIVE = ("ready", "stopping")
+
+
+class System:
+    """The endpoints."""
+
+    def __init__(self, context: ServingContext) -> None:
+        self._context = context
+
+    async def health(self, request: Request) -> Response:
+        """Alive? Restart the server if this stays 503."""
+        return self._status(_ALIVE)
+
+    async def ready(self, request: Request) -> Response:
+        """Taking requests? Send traffic elsewhere while this is 503."""
+        return self._status(("ready",))
+
+    def _status(self, good: tuple[str, ...]) -> Response:
+        state = self._context.engine.state
+        if state not in good:
+            raise EngineUnavailableError(f"The engine is {state}.")
+        return _json({"status": "ok"})
+
+    async def version(self, request: Request) -> Response:
+        """The package's version."""
+        return _json({"version": __version__})
+
+    async def models(self, request: Request) -> Response:
+        """Every name clients may use."""
+        return _json(ModelList([self._card(name) for name in self._context.model_names]))
+
+    async def model(self, request: Request) -> Response:
+        """One name; ids may hold slashes. Raises NotFoundError."""
+        return _json(self._card(self._context.check_model(request.path_params["id"])))
+
+    def _card(self, name: str) -> ModelCard:
+        info = self._context.engine.model_info
+        return ModelCard(
+            id=name,
+            created=self._context.started,
+            root=None if info is None else info.model,
+            max_model_len=None if info is None else info.max_model_len,
+        )
+
+
+def _json(value: object) -> Response:
+    return Response(msgspec.json.encode(value), media_type="application/json")

@@ -1,0 +1,83 @@
+"""The command line: help that helps, errors in one sentence with exit status 1."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gqa_serve import __version__, cli
+
+
+def run(*words: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "gqa_serve.cli", *words],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={"PATH": "", "COLUMNS": "100", **environ},
+    )
+
+
+@pytest.mark.parametrize("words", [["--help"], ["serve", "--help"]])
+def test_help_is_grouped_and_short(words: list[str]) -> None:
+    result = run(*words)
+    assert result.returncode == 0
+    for heading in ("model:", "memory:", "server:", "commands: serve (default), chat"):
+        assert heading in result.stdout
+    assert len(result.stdout.splitlines()) < 80
+
+
+def test_chat_has_its_own_help() -> None:
+    result = run("chat", "--help")
+    assert result.returncode == 0
+    assert "--url" in result.stdout
+    assert "--port" not in result.stdout
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.strip() == f"gqa-serve {__version__}"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], "Which model?"),
+        (["--model", "/nowhere/at/all"], "/nowhere/at/all"),
+        (["--model", "demo", "--block-size", "0"], "--block-size must be at least 1"),
+        (["--model", "demo", "--host", "256.1.1.1"], "Cannot listen on 256.1.1.1:8000"),
+        (["chat"], "Which model?"),
+        (["chat", "--url", "http://127.0.0.1:9", "--model", "demo"], "either --url or --model"),
+        (["chat", "--url", "http://127.0.0.1:9"], "127.0.0.1:9"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_status_1(words: list[str], says: str) -> None:
+    result = run(*words)
+    assert result.returncode == 1, result.stderr
+    assert result.stderr.startswith("gqa-serve: error: ")
+    assert says in result.stderr
+    assert "Traceback" not in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_port_in_use_is_said(tmp_path: Path) -> None:
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        result = run("--model", str(tmp_path), "--port", str(taken.getsockname()[1]))
+    assert result.returncode == 1
+    assert "Choose another --port" in result.stderr
+
+
+def test_unknown_flags_are_refused() -> None:
+    result = run("--model", "demo", "--no-such-flag")
+    assert result.returncode == 2
+    assert "--no-such-flag" in result.stderr
