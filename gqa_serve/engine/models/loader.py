@@ -1,0 +1,139 @@
+"""From a checkpoint's tensors to a Decoder.
+
+Owns the streaming copy: every parameter is allocated once in its final dtype and place, each tensor is
+copied into its rows as it comes by. Does not know file formats (`weights/`) or what the parameters mean.
+Invariant: when it returns, every row of every parameter was written exactly once; else it raises, naming the
+tensors. Peak memory is one copy of the model plus one tensor.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol
+
+import torch
+
+from gqa_serve.engine.backends.base import Backend
+from gqa_serve.engine.model_config import ModelConfig
+from gqa_serve.engine.models import family_of
+from gqa_serve.engine.models.decoder import Decoder
+from gqa_serve.engine.models.family import Family, WeightSlot, parameter_shapes, weight_slots
+from gqa_serve.errors import ModelError
+
+_NAMED = 5
+# Buffers that older releases saved with the weights; they follow from the config.
+_DERIVED = re.compile(r"\.rotary_emb\.inv_freq$")
+
+
+class TensorSource(Protocol):
+    """The part of a checkpoint the loader needs."""
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Names (Hugging Face's) and tensors, one by one; a tensor may alias a memory mapping."""
+
+
+def load_model(
+    checkpoint: TensorSource,
+    config: ModelConfig,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    backend: Backend,
+    on_tensor: Callable[[str], None] | None = None,
+) -> Decoder:
+    """Load the weights of `config` from `checkpoint`; `on_tensor(name)` is called after each tensor.
+
+    Linear layers and embeddings are held in `dtype`; norm weights in float32, with Gemma's 1 added. Raises
+    ModelError if tensors are missing, unexpected, duplicated or wrongly shaped.
+    """
+    family = family_of(config.architecture)
+    parameters = {
+        name: torch.empty(shape, dtype=torch.float32 if _is_norm(name) else dtype, device=device)
+        for name, shape in parameter_shapes(config, family.names).items()
+    }
+    _copy_all(checkpoint.tensors(), config, family, parameters, on_tensor)
+    if config.norm_plus_one:
+        for name, parameter in parameters.items():
+            if _is_norm(name):
+                parameter.add_(1.0)
+    return Decoder(config, parameters, backend, device)
+
+
+def _is_norm(parameter: str) -> bool:
+    return parameter.split(".")[-2].endswith("norm")
+
+
+def _copy_all(
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    config: ModelConfig,
+    family: Family,
+    parameters: dict[str, torch.Tensor],
+    on_tensor: Callable[[str], None] | None,
+) -> None:
+    """Copy each tensor into its slot; the first name that fits a prefix decides where the decoder stands."""
+    by_prefix = {prefix: weight_slots(config, family, prefix) for prefix in family.prefixes}
+    slots = by_prefix[family.prefixes[0]]
+    decided = False
+    missing = {(slot.parameter, slot.row): name for name, slot in slots.items()}
+    unexpected = []
+    for name, tensor in tensors:
+        if not decided and name not in family.heads:
+            for candidate in by_prefix.values():
+                if name in candidate:
+                    slots, decided = candidate, True
+                    missing = {(s.parameter, s.row): n for n, s in slots.items() if _key(s) in missing}
+                    break
+        slot = slots.get(name)
+        if slot is None:
+            if not _is_ignored(name, config, family):
+                unexpected.append(name)
+        elif missing.pop(_key(slot), None) is None:
+            raise ModelError(f"The checkpoint holds tensor {name} twice, or under two names.")
+        else:
+            _copy(name, tensor, slot, parameters)
+        if on_tensor is not None:
+            on_tensor(name)
+    if missing:
+        raise ModelError(
+            f"The checkpoint lacks {_some(missing.values())} that {config.architecture} needs; "
+            "download it again, or check that config.json belongs to these weights."
+        )
+    if unexpected:
+        raise ModelError(
+            f"The checkpoint holds {_some(unexpected)} that {config.architecture} with this config.json does "
+            "not have; check that config.json belongs to these weights."
+        )
+
+
+def _key(slot: WeightSlot) -> tuple[str, int]:
+    return slot.parameter, slot.row
+
+
+def _copy(name: str, tensor: torch.Tensor, slot: WeightSlot, parameters: dict[str, torch.Tensor]) -> None:
+    if tuple(tensor.shape) != slot.shape:
+        raise ModelError(
+            f"Tensor {name} has shape {list(tensor.shape)}, but config.json describes {list(slot.shape)}; "
+            "check that config.json belongs to these weights."
+        )
+    if not tensor.is_floating_point():
+        raise ModelError(
+            f"Tensor {name} holds {str(tensor.dtype).removeprefix('torch.')} numbers; quantized weights are "
+            "served from GGUF files only."
+        )
+    parameters[slot.parameter][slot.row : slot.row + slot.shape[0]].copy_(tensor)
+
+
+def _is_ignored(name: str, config: ModelConfig, family: Family) -> bool:
+    """Tensors left out knowingly: a tied head's copy, rotary buffers, the parts that are not served."""
+    tied_copy = config.tie_embeddings and name in family.heads
+    return tied_copy or _DERIVED.search(name) is not None or name.startswith(family.ignored)
+
+
+def _some(names: Iterable[str]) -> str:
+    """ "tensor a", or "12 tensors (a, b, c, d, e, ...)"."""
+    listed = sorted(names)
+    if len(listed) == 1:
+        return f"tensor {listed[0]}"
+    more = ", ..." if len(listed) > _NAMED else ""
+    return f"{len(listed)} tensors ({', '.join(listed[:_NAMED])}{more})"

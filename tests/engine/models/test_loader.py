@@ -1,0 +1,126 @@
+"""Loading: what is missing, unexpected or misshapen is said; what is left out is left out knowingly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_model
+
+from gqa_serve.engine.backends import create_backend
+from gqa_serve.engine.model_config import ModelConfig
+from gqa_serve.engine.models import FAMILIES, family_of
+from gqa_serve.engine.models.decoder import Decoder
+from gqa_serve.engine.models.family import parameter_shapes, weight_slots
+from gqa_serve.engine.models.loader import load_model
+from gqa_serve.errors import ModelError
+
+CPU = torch.device("cpu")
+
+
+class Tensors:
+    """A checkpoint of tensors in memory."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        self.named = list(tensors.items())
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from self.named
+
+
+@pytest.fixture(scope="module")
+def llama() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    model = tiny_model("llama")
+    return model.state_dict(), model.config.to_dict()
+
+
+def load(tensors: dict[str, torch.Tensor] | Tensors, raw: dict[str, Any], **options: Any) -> Decoder:
+    source = tensors if isinstance(tensors, Tensors) else Tensors(tensors)
+    options = {"dtype": torch.float32, **options}
+    return load_model(source, ModelConfig.from_hf(raw), device=CPU, backend=create_backend(CPU), **options)
+
+
+def test_progress_and_size(llama: Any) -> None:
+    tensors, raw = llama
+    seen: list[str] = []
+    decoder = load(tensors, raw, on_tensor=seen.append, dtype=torch.bfloat16)
+    assert seen == list(tensors)
+    norms = sum(t.numel() for t in tensors.values() if t.dim() == 1)
+    matrices = sum(t.numel() for t in tensors.values() if t.dim() == 2)
+    assert decoder.weight_bytes == norms * 4 + matrices * 2
+
+
+def test_order_of_tensors_does_not_matter(llama: Any) -> None:
+    tensors, raw = llama
+    decoder = load(dict(reversed(tensors.items())), raw)
+    assert torch.equal(decoder.embedding, tensors["model.embed_tokens.weight"])
+
+
+def test_left_out_knowingly(llama: Any) -> None:
+    tensors, raw = llama
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+    load({**tensors, **extra}, raw)
+    tied = load(tensors, {**raw, "tie_word_embeddings": True})
+    assert tied.config.tie_embeddings
+
+
+def test_missing_tensors_are_named(llama: Any) -> None:
+    tensors, raw = llama
+    less = {name: tensor for name, tensor in tensors.items() if "layers.2.mlp.up" not in name}
+    with pytest.raises(
+        ModelError, match=r"lacks tensor model\.layers\.2\.mlp\.up_proj\.weight that llama needs"
+    ):
+        load(less, raw)
+    with pytest.raises(ModelError, match=r"lacks 39 tensors \(.*, \.\.\.\)"):
+        load({}, raw)
+
+
+def test_unexpected_tensors_are_named(llama: Any) -> None:
+    tensors, raw = llama
+    more = {**tensors, "model.layers.0.self_attn.q_proj.bias": torch.zeros(64)}
+    with pytest.raises(ModelError, match=r"holds tensor model\.layers\.0\.self_attn\.q_proj\.bias"):
+        load(more, raw)
+
+
+def test_wrong_shape_and_type_are_named(llama: Any) -> None:
+    tensors, raw = llama
+    name = "model.layers.1.self_attn.k_proj.weight"
+    with pytest.raises(ModelError, match=r"k_proj\.weight has shape \[64, 64\].* describes \[32, 64\]"):
+        load({**tensors, name: torch.zeros(64, 64)}, raw)
+    with pytest.raises(ModelError, match=r"k_proj\.weight holds int8 numbers"):
+        load({**tensors, name: torch.zeros(32, 64, dtype=torch.int8)}, raw)
+
+
+def test_a_tensor_that_comes_twice(llama: Any) -> None:
+    tensors, raw = llama
+    source = Tensors(tensors)
+    source.named.append(("model.norm.weight", tensors["model.norm.weight"]))
+    with pytest.raises(ModelError, match=r"model\.norm\.weight twice"):
+        load(source, raw)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_slots_tile_every_parameter(family: Any) -> None:
+    raw = {
+        "architectures": [family.architectures[0]],
+        "vocab_size": 20,
+        "hidden_size": 24,
+        "intermediate_size": 10,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "tie_word_embeddings": False,
+    }
+    config = ModelConfig.from_hf({**raw, "text_config": raw})
+    assert family_of(config.architecture) is family
+    for prefix in family.prefixes:
+        slots = weight_slots(config, family, prefix).values()
+        for parameter, shape in parameter_shapes(config, family.names).items():
+            parts = sorted({(slot.row, slot.shape) for slot in slots if slot.parameter == parameter})
+            assert [row for row, _ in parts] == [sum(s[0] for _, s in parts[:i]) for i in range(len(parts))]
+            assert sum(part[0] for _, part in parts) == shape[0]
