@@ -77,7 +77,8 @@ def main() -> None:
         alone_ratios.append(alone / reference)
         batch_ratios.append(batch / reference)
         print(
-            f"round {number + 1}: transformers {reference:6.1f}   alone {alone:6.1f} ({alone_ratios[-1]:.2f}x)"
+            f"round {number + 1}: transformers {reference:6.1f}"
+            f"   alone {alone:6.1f} ({alone_ratios[-1]:.2f}x)"
             f"   {args.concurrency} together {batch:6.1f} ({batch_ratios[-1]:.2f}x)"
         )
     print(

@@ -129,14 +129,13 @@ def _announce(info: ModelInfo | None, listener: socket.socket, config: ServerCon
     host, port = listener.getsockname()[:2]
     name = config.served_model_name[0] if config.served_model_name else info.model
     shown = f"[{host}]" if ":" in host else host
-    tokens = info.num_blocks * info.block_size
     logger.info(
-        "%s (%s): %d query heads over %d KV heads; the cache holds %d tokens of %.1f KiB; context %d; %s on %s.",
+        "%s (%s): %d query heads over %d KV heads; KV cache of %d tokens at %.1f KiB; context %d; %s on %s.",
         name,
         info.architecture,
         info.num_heads,
         info.num_kv_heads,
-        tokens,
+        info.num_blocks * info.block_size,
         info.kv_bytes_per_token / 1024,
         info.max_model_len,
         info.dtype,

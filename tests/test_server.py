@@ -1,0 +1,303 @@
+"""The real thing: `gqa-serve --model demo` as a process, real clients, real signals."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx2
+import openai
+import psutil
+import pytest
+from demo_model import demo_path
+
+QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+ANSWER = "The capital of France is Paris."
+START_S = 180
+
+
+class RunningServer:
+    """A gqa-serve process and what it prints."""
+
+    def __init__(self, *flags: str) -> None:
+        command = [sys.executable, "-m", "gqa_serve.cli", *flags]
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
+        self.lines: list[str] = []
+        self._arrived: queue.Queue[str] = queue.Queue()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        self.url = ""
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        with self.process.stdout as pipe:
+            for line in pipe:
+                self.lines.append(line)
+                self._arrived.put(line)
+
+    def wait_for(self, text: str) -> str:
+        deadline = time.monotonic() + START_S
+        while time.monotonic() < deadline:
+            try:
+                line = self._arrived.get(timeout=0.2)
+            except queue.Empty:
+                assert self.process.poll() is None, "".join(self.lines)
+                continue
+            if text in line:
+                return line
+        raise AssertionError(f"never printed {text!r}: {''.join(self.lines)}")
+
+    def ready(self) -> RunningServer:
+        self.url = self.wait_for("Ready: ").split()[1].removesuffix("/v1")
+        return self
+
+    @property
+    def engine(self) -> psutil.Process:
+        (child,) = psutil.Process(self.process.pid).children()
+        return child
+
+    def client(self, **options: object) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0, **options)
+
+    def stop(self, sig: int = signal.SIGTERM) -> int:
+        """Send a signal; the exit status."""
+        self.process.send_signal(sig)
+        status = self.process.wait(timeout=60)
+        self._reader.join(timeout=10)
+        return status
+
+
+@contextmanager
+def running(*flags: str, wait: bool = True) -> Iterator[RunningServer]:
+    demo_path()  # skips where the weights are missing
+    server = RunningServer("--model", "demo", "--port", "0", "--kv-cache-memory", "512MiB", *flags)
+    try:
+        yield server.ready() if wait else server
+    finally:
+        if server.process.poll() is None:
+            children = psutil.Process(server.process.pid).children()
+            server.process.kill()
+            server.process.wait()
+            psutil.wait_procs(children, timeout=30)
+        server._reader.join(timeout=10)
+
+
+def eventually(condition: Callable[[], bool], timeout_s: float = 60) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[RunningServer]:
+    with running() as started:
+        yield started
+
+
+def test_the_ready_line_holds_a_command_that_works(server: RunningServer) -> None:
+    line = next(line for line in server.lines if line.startswith("Ready: "))
+    command = line[line.index("curl ") :].strip()
+    result = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=120, check=True)
+    assert json.loads(result.stdout)["choices"][0]["message"]["content"]
+
+
+def test_chat_whole_and_streamed(server: RunningServer) -> None:
+    with server.client() as client:
+        whole = client.chat.completions.create(model="demo", messages=QUESTION, temperature=0)
+        assert whole.choices[0].message.content == ANSWER
+        assert whole.choices[0].finish_reason == "stop"
+        stream = client.chat.completions.create(
+            model="demo",
+            messages=QUESTION,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+        chunks = list(stream)
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == ANSWER
+    assert chunks[-1].usage is not None
+    assert whole.usage is not None
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+    assert chunks[-1].usage.prompt_tokens_details is not None
+    assert chunks[-1].usage.prompt_tokens_details.cached_tokens > 0
+
+
+def test_thirty_two_at_once_answer_as_each_does_alone(server: RunningServer) -> None:
+    topics = ["Mars", "rain", "bread", "Rome", "cats", "gold", "chess", "tea"]
+    questions = [[{"role": "user", "content": f"Say something about {topic}."}] for topic in topics] * 4
+
+    async def ask(client: openai.AsyncOpenAI, number: int) -> str:
+        options = {"model": "demo", "messages": questions[number], "temperature": 0, "max_tokens": 24}
+        if number % 2:
+            stream = await client.chat.completions.create(**options, stream=True)
+            return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+        answer = await client.chat.completions.create(**options)
+        return answer.choices[0].message.content or ""
+
+    async def ask_all() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0) as client:
+            return await asyncio.gather(*(ask(client, number) for number in range(32)))
+
+    together = asyncio.run(ask_all())
+    with server.client() as client:
+        for number in range(8):
+            alone = client.chat.completions.create(
+                model="demo", messages=questions[number], temperature=0, max_tokens=24
+            )
+            assert together[number] == alone.choices[0].message.content
+            assert together[number::8] == [together[number]] * 4
+
+
+def test_completions_score_a_prompt(server: RunningServer) -> None:
+    with server.client() as client:
+        scored = client.completions.create(
+            model="demo", prompt="The capital of France is Paris", max_tokens=0, echo=True, logprobs=1
+        )
+    choice = scored.choices[0]
+    assert choice.text == "The capital of France is Paris"
+    assert choice.logprobs is not None
+    assert choice.logprobs.token_logprobs is not None
+    assert choice.logprobs.token_logprobs[0] is None
+    assert choice.logprobs.token_logprobs[-1] > -2
+
+
+def test_seeded_choices_repeat_and_differ(server: RunningServer) -> None:
+    with server.client() as client:
+        answers = [
+            client.chat.completions.create(model="demo", messages=QUESTION, n=3, seed=5, max_tokens=12)
+            for _ in range(2)
+        ]
+    first, second = ([choice.message.content for choice in answer.choices] for answer in answers)
+    assert first == second
+    assert len(set(first)) > 1
+
+
+def test_system_routes(server: RunningServer) -> None:
+    with httpx2.Client(base_url=server.url) as http:
+        assert http.get("/health").json() == {"status": "ok"}
+        assert http.get("/ready").status_code == 200
+        assert http.get("/version").json()["version"]
+        (model,) = http.get("/v1/models").json()["data"]
+        assert (model["id"], model["max_model_len"]) == ("demo", 8192)
+        assert http.get("/v1/models/other").json()["error"]["code"] == "model_not_found"
+
+
+def test_a_client_that_leaves_frees_its_place() -> None:
+    with running("--max-num-seqs", "1") as server, server.client(timeout=60) as client:
+        endless = {
+            "model": "demo",
+            "messages": QUESTION,
+            "max_tokens": 8000,
+            "extra_body": {"ignore_eos": True},
+        }
+        stream = client.chat.completions.create(**endless, stream=True)
+        next(iter(stream))
+        stream.close()
+        answer = client.chat.completions.create(model="demo", messages=QUESTION, temperature=0)
+        assert answer.choices[0].message.content == ANSWER
+        with server.client(timeout=1.5) as impatient, pytest.raises(openai.APITimeoutError):
+            impatient.chat.completions.create(**endless)
+        answer = client.chat.completions.create(model="demo", messages=QUESTION, temperature=0)
+        assert answer.choices[0].message.content == ANSWER
+
+
+def test_a_killed_engine_ends_streams_with_an_error_and_comes_back() -> None:
+    with running() as server, server.client() as client:
+        stream = client.chat.completions.create(
+            model="demo", messages=QUESTION, stream=True, max_tokens=4000, extra_body={"ignore_eos": True}
+        )
+        chunks = iter(stream)
+        next(chunks)
+        server.engine.kill()
+        with pytest.raises(openai.APIError, match="died"):
+            for _ in chunks:
+                pass
+        assert httpx2.get(f"{server.url}/ready").status_code == 503
+        with pytest.raises(openai.InternalServerError) as refused:
+            client.chat.completions.create(model="demo", messages=QUESTION)
+        assert refused.value.status_code == 503
+        assert refused.value.response.headers["retry-after"]
+        eventually(lambda: httpx2.get(f"{server.url}/ready").status_code == 200)
+        answer = client.chat.completions.create(model="demo", messages=QUESTION, temperature=0)
+        assert answer.choices[0].message.content == ANSWER
+
+
+@pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_streams_finish_and_exits_with_0(sig: int) -> None:
+    with running() as server, server.client() as client:
+        engine = server.engine
+        stream = client.chat.completions.create(
+            model="demo", messages=QUESTION, stream=True, max_tokens=40, extra_body={"ignore_eos": True}
+        )
+        chunks = iter(stream)
+        next(chunks)
+        os.killpg(server.process.pid, sig)  # as a terminal or a service manager does: the whole group
+        reasons = [chunk.choices[0].finish_reason for chunk in chunks]
+        assert reasons[-1] == "length"
+        assert server.process.wait(timeout=60) == 0
+        assert not engine.is_running()
+        assert "Traceback" not in "".join(server.lines)
+
+
+def test_a_second_signal_does_not_wait() -> None:
+    with running("--drain-timeout", "300") as server, server.client() as client:
+        stream = client.chat.completions.create(
+            model="demo", messages=QUESTION, stream=True, max_tokens=8000, extra_body={"ignore_eos": True}
+        )
+        next(iter(stream))
+        server.process.send_signal(signal.SIGINT)
+        server.wait_for("Stopping")
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(timeout=30) == 0
+
+
+def test_the_port_answers_503_while_the_model_loads() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with running("--port", str(port), wait=False) as server:
+        url = f"http://127.0.0.1:{port}"
+
+        def answers() -> bool:
+            try:
+                httpx2.get(f"{url}/health")
+            except httpx2.ConnectError:
+                return False
+            return True
+
+        eventually(answers, START_S)
+        response = httpx2.post(f"{url}/v1/completions", json={"model": "demo", "prompt": "x"})
+        assert httpx2.get(f"{url}/health").status_code == 503
+        assert response.status_code == 503
+        assert response.json()["error"]["code"] == "engine_unavailable"
+        server.ready()
+        assert httpx2.get(f"{url}/health").status_code == 200
+
+
+def test_a_damaged_file_is_one_sentence_and_status_1(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(demo_path().read_bytes()[:5_000_000])
+    result = subprocess.run(
+        [sys.executable, "-m", "gqa_serve.cli", "--model", str(broken), "--port", "0"],
+        capture_output=True,
+        text=True,
+        timeout=START_S,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines()[-1].startswith("gqa-serve: error: ")
+    assert "Traceback" not in result.stderr
