@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import runpy
 from pathlib import Path
 
 import pytest
@@ -128,3 +129,9 @@ def test_help_has_every_setting_and_its_default() -> None:
         for name in config.__dataclass_fields__:
             assert f"--{name.replace('_', '-')}" in text
     assert "tokens per KV block (16)" in text
+
+
+def test_the_page_of_settings_is_up_to_date() -> None:
+    pages = Path(__file__).parents[1] / "docs"
+    scope = runpy.run_path(str(pages / "make_configuration.py"))
+    assert (pages / "configuration.md").read_text(encoding="utf-8") == scope["page"]()
