@@ -31,7 +31,8 @@ from gqa_serve.api.protocol import (
 )
 from gqa_serve.api.serving import Job, ServingContext, answer, fingerprint, off_loop
 from gqa_serve.api.text_stream import TextEvent
-from gqa_serve.engine.chat_template import check_template_kwargs, normalise_messages
+from gqa_serve.engine.chat_prompt import encode_chat
+from gqa_serve.engine.chat_template import check_template_kwargs
 from gqa_serve.engine.request import MAX_LOGPROBS, TokenLogprobs
 from gqa_serve.errors import RequestError
 
@@ -93,14 +94,14 @@ class ChatCompletions:
         context = self._context
 
         def render_and_encode() -> list[int]:
-            text = context.chat_template.render(
-                normalise_messages(messages, context.chat_template),
+            return encode_chat(
+                context.tokenizer,
+                context.chat_template,
+                messages,
+                add_special_tokens=bool(fields.add_special_tokens),
                 add_generation_prompt=add_prompt,
                 continue_final_message=final,
                 **options,
-            )
-            return context.tokenizer.encode(
-                text, add_special_tokens=bool(fields.add_special_tokens), parse_special=True
             )
 
         size = sum(len(str(message.get("content"))) for message in messages)

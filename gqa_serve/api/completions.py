@@ -114,7 +114,7 @@ async def _encode_all(
         prompts = []
         for item, param in items:
             if isinstance(item, str):
-                ids = tokenizer.encode(item, add_special_tokens=add_special_tokens)
+                ids = tokenizer.encode(item, add_special_tokens=add_special_tokens, parse_special=True)
                 prompts.append(PromptInput(ids, item, param))
             else:
                 prompts.append(PromptInput(item, None, param))

@@ -26,10 +26,8 @@ from jinja2.parser import Parser
 from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from gqa_serve.engine.chat_messages import normalise_messages
 from gqa_serve.errors import ModelError, RequestError
 
-__all__ = ["RESERVED_VARIABLES", "ChatTemplate", "check_template_kwargs", "normalise_messages"]
 
 MAX_RENDERED_CHARS = 64 * 1024 * 1024
 MAX_ERROR_CHARS = 300

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gqa_serve.config import EngineConfig, collect
-from gqa_serve.engine.chat_messages import normalise_messages
+from gqa_serve.engine.chat_prompt import encode_chat
 from gqa_serve.engine.chat_template_files import load_chat_template
 from gqa_serve.engine.core import Engine
 from gqa_serve.engine.detokenizer import TextAssembler
@@ -124,7 +124,7 @@ class LLM:
         specs: list[EngineRequest] = []
         results = []
         for prompt, params in zip(listed, sampling_params, strict=True):
-            ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+            ids = self._encode(prompt)
             result = RequestOutput(prompt if isinstance(prompt, str) else None, ids, [])
             results.append(result)
             for spec in self._specs(ids, params):
@@ -161,9 +161,12 @@ class LLM:
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], **template_options: Any) -> list[int]:
         """Token ids of a conversation rendered by the chat template."""
-        plain = normalise_messages([dict(message) for message in messages], self.chat_template)
-        text = self.chat_template.render(plain, **template_options)
-        return self.tokenizer.encode(text, add_special_tokens=False, parse_special=True)
+        return encode_chat(self.tokenizer, self.chat_template, messages, **template_options)
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt, parse_special=True)  # a prompt is the model's raw input
+        return list(prompt)
 
     def _specs(self, ids: list[int], params: SamplingParams) -> list[EngineRequest]:
         """One engine request per choice; those of one prompt share its blocks."""

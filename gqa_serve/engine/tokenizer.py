@@ -41,6 +41,7 @@ class Tokenizer:
         self.pieces = PieceTable(backend)
         added = backend.get_added_tokens_decoder()
         self.special_ids: frozenset[int] = frozenset(id_ for id_, token in added.items() if token.special)
+        self.special_texts: list[str] = [token.content for token in added.values() if token.special]
         self.vocab_size: int = vocab_size or max(backend.get_vocab(with_added_tokens=True).values()) + 1
         self.bos_token_id: int | None = self._id_of("bos_token")
         self.eos_token_id: int | None = self._id_of("eos_token")
@@ -54,7 +55,7 @@ class Tokenizer:
         """Token ids of `text`.
 
         With `parse_special` False, text that spells a control token ("<|im_end|>") is encoded as the ordinary
-        characters it is; with True it becomes the control token: for rendered chat templates only.
+        characters it is; with True it becomes the control token: for rendered chat templates and raw prompts.
         `add_special_tokens` adds what the model's own settings add (usually a beginning-of-sequence token).
         Raises RequestError for text that is not valid Unicode (lone surrogates).
         """

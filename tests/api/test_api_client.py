@@ -143,7 +143,7 @@ def test_prompts_times_n_are_prompt_major(client: openai.OpenAI, engine: FakeEng
         (["hi", "yo"], [[104, 105], [121, 111]]),
         ([1, 2, 3], [[1, 2, 3]]),
         ([[1], [2, IM_END]], [[1], [2, IM_END]]),
-        ("<|im_end|>", [list(b"<|im_end|>")]),
+        ("<|im_end|>", [[IM_END]]),  # raw input: the token, as in transformers
     ],
 )
 def test_prompt_forms(

@@ -1,0 +1,76 @@
+"""From a conversation to token ids: normalise the messages, render the template, encode.
+
+Owns the rule that only the template writes control tokens: a message that spells one ("<|im_end|>") reaches
+the model as those characters. Such spellings are replaced by markers before the template sees them, and
+encoded as ordinary text after it. Knows no HTTP.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gqa_serve.engine.chat_messages import normalise_messages
+from gqa_serve.engine.chat_template import ChatTemplate
+from gqa_serve.engine.tokenizer import Tokenizer
+
+
+def encode_chat(
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    add_special_tokens: bool = False,
+    **options: Any,
+) -> list[int]:
+    """Token ids of `messages` as `template` renders them; `options` are those of `ChatTemplate.render`.
+
+    `add_special_tokens` adds the tokenizer's own (a BOS, usually) to what the template wrote. Raises
+    RequestError if a message or the template's verdict on them makes that impossible.
+    """
+    literal = _Literals(tokenizer.special_texts)
+    prepared = [literal.hide(message) for message in normalise_messages(messages, template)]
+    text = template.render(prepared, **options)
+    ids: list[int] = []
+    for number, (part, is_literal) in enumerate(literal.split(text)):
+        add = add_special_tokens and number == 0
+        ids += tokenizer.encode(part, add_special_tokens=add, parse_special=not is_literal)
+    return ids
+
+
+class _Literals:
+    """Spellings of control tokens found in messages, and the markers that stand for them."""
+
+    def __init__(self, special_texts: Sequence[str]) -> None:
+        longest_first = sorted(special_texts, key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, longest_first))) if special_texts else None
+        # Private-use characters around a number nobody can guess: a message can't hold a marker of its own.
+        self._nonce = secrets.token_hex(8)
+        self._found: list[str] = []
+
+    def hide(self, value: Any) -> Any:
+        """`value` (JSON-like) with every control-token spelling in its strings replaced by a marker."""
+        if isinstance(value, str):
+            return value if self._special is None else self._special.sub(self._mark, value)
+        if isinstance(value, Mapping):
+            return {key: self.hide(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self.hide(item) for item in value]
+        return value
+
+    def _mark(self, match: re.Match[str]) -> str:
+        self._found.append(match[0])
+        return f"\ue000{self._nonce}:{len(self._found) - 1}\ue001"
+
+    def split(self, text: str) -> list[tuple[str, bool]]:
+        """`text` in pieces, each with whether it is a spelling to take literally."""
+        if not self._found:
+            return [(text, False)]
+        pieces = re.split(f"\ue000{self._nonce}:(\\d+)\ue001", text)
+        return [
+            (self._found[int(piece)], True) if number % 2 else (piece, False)
+            for number, piece in enumerate(pieces)
+            if piece or number == 0
+        ]
