@@ -28,7 +28,6 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from gqa_serve.errors import ModelError, RequestError
 
-
 MAX_RENDERED_CHARS = 64 * 1024 * 1024
 MAX_ERROR_CHARS = 300
 RESERVED_VARIABLES = frozenset(
