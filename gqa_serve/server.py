@@ -26,7 +26,7 @@ from gqa_serve.engine.request import ModelInfo
 from gqa_serve.engine.tokenizer import Tokenizer, load_tokenizer
 from gqa_serve.engine.weights.hub import resolve_model
 from gqa_serve.errors import ConfigError
-from gqa_serve.progress import LoadingBar
+from gqa_serve.progress import ProgressBar
 
 logger = logging.getLogger(__name__)
 
@@ -42,9 +42,12 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig) -> None:
         )
         tokenizer = load_tokenizer(path)
         template = load_chat_template(path, server_config.chat_template)
-        bar = LoadingBar()
+        bar = ProgressBar("Loading weights")
         engine = AsyncEngine(path, engine_config, log_level=server_config.log_level, on_load=bar.update)
-        asyncio.run(_serve(engine, tokenizer, template, server_config, listener))
+        try:
+            asyncio.run(_serve(engine, tokenizer, template, server_config, listener))
+        finally:
+            bar.close()
 
 
 def _listen(config: ServerConfig) -> socket.socket:

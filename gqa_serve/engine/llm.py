@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from gqa_serve.config import EngineConfig, collect
 from gqa_serve.engine.chat_prompt import encode_chat
@@ -31,8 +31,8 @@ from gqa_serve.engine.request import (
 )
 from gqa_serve.engine.tokenizer import load_tokenizer
 from gqa_serve.engine.weights.hub import resolve_model
-from gqa_serve.errors import EngineStepError
-from gqa_serve.progress import LoadingBar
+from gqa_serve.errors import EngineStepError, RequestError
+from gqa_serve.progress import ProgressBar
 
 logger = logging.getLogger(__name__)
 
@@ -100,8 +100,9 @@ class LLM:
         )
         self.tokenizer = load_tokenizer(path)
         self.chat_template = load_chat_template(path, chat_template)
-        bar = LoadingBar() if progress else None
+        bar = ProgressBar("Loading weights") if progress else None
         self.engine = Engine(ModelRunner(path, config, bar.update if bar else None), config)
+        self._progress = progress
         self.default_sampling_params = SamplingParams(**sampling_defaults(self.engine.info.generation_config))
         self._counter = 0
 
@@ -133,8 +134,16 @@ class LLM:
                 assembler = TextAssembler(self.tokenizer, spec.params, ids)
                 choices[spec.request_id] = _Choice(result, output, assembler)
                 specs.append(spec)
-        for _ in self._run(specs, choices):
-            pass
+        bar = ProgressBar("Generating") if self._progress and len(specs) > 1 else None
+        try:
+            num_ended = 0
+            for choice, _ in self._run(specs, choices):
+                num_ended += choice.output.finish_reason is not None
+                if bar is not None:
+                    bar.update(num_ended, len(specs))
+        finally:
+            if bar is not None:
+                bar.close()
         return results
 
     def chat(
@@ -144,8 +153,9 @@ class LLM:
         **template_options: Any,
     ) -> list[RequestOutput]:
         """Answer one conversation or several; `template_options` go to the chat template."""
-        several = messages if messages and not isinstance(messages[0], Mapping) else [messages]
-        prompts = [self.encode_chat(conversation, **template_options) for conversation in several]  # type: ignore[arg-type]
+        single = bool(messages) and isinstance(messages[0], Mapping)
+        conversations = cast("Sequence[Sequence[Mapping[str, Any]]]", [messages] if single else messages)
+        prompts = [self.encode_chat(conversation, **template_options) for conversation in conversations]
         return self.generate(prompts, sampling_params)
 
     def chat_stream(
@@ -154,10 +164,13 @@ class LLM:
         """Answer one conversation, yielding text as it comes. Leaving the loop early ends the request."""
         ids = self.encode_chat(messages)
         params = sampling_params or self.default_sampling_params
+        if params.n != 1:
+            raise RequestError("chat_stream gives one answer; n must be 1.", param="n")
         (spec,) = self._specs(ids, params)
         result = RequestOutput(None, ids, [CompletionOutput(0)])
         choice = _Choice(result, result.outputs[0], TextAssembler(self.tokenizer, spec.params, ids))
-        yield from self._run([spec], {spec.request_id: choice})
+        for _, text in self._run([spec], {spec.request_id: choice}):
+            yield text
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], **template_options: Any) -> list[int]:
         """Token ids of a conversation rendered by the chat template."""
@@ -184,7 +197,9 @@ class LLM:
             for index in range(params.n)
         ]
 
-    def _run(self, specs: Iterable[EngineRequest], choices: dict[str, _Choice]) -> Iterator[str]:
+    def _run(
+        self, specs: Iterable[EngineRequest], choices: dict[str, _Choice]
+    ) -> Iterator[tuple[_Choice, str]]:
         """Step until every choice has ended, yielding text deltas; whatever happens, nothing stays queued."""
         added: list[str] = []
         try:
@@ -208,15 +223,13 @@ class LLM:
                     result.prompt_logprobs = output.prompt_logprobs or result.prompt_logprobs
                     if into.index == 0:
                         result.num_cached_tokens = output.num_cached_tokens
-                    yield delta.text
+                    yield choice, delta.text
         finally:
             for request_id in added:
                 self.engine.abort(request_id)
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str):
-        return [prompts]
-    if prompts and isinstance(prompts[0], int):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
+    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+        return [cast("Prompt", prompts)]
+    return list(cast("Sequence[Prompt]", prompts))
