@@ -40,6 +40,7 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig) -> None:
             download_dir=engine_config.download_dir,
             offline=engine_config.offline,
         )
+        logger.info("Loading %s.", path)
         tokenizer = load_tokenizer(path)
         template = load_chat_template(path, server_config.chat_template)
         bar = ProgressBar("Loading weights")

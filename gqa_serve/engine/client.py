@@ -228,31 +228,39 @@ class AsyncEngine:
     async def _supervise(self, reader: asyncio.StreamReader) -> None:
         """Deliver outputs; when the process dies, fail what it held and start another, for ever."""
         backoff = _FIRST_BACKOFF_S
+        try:
+            while True:
+                started = time.monotonic()
+                await self._deliver(reader)
+                self._fail_streams(_DIED)
+                if self.state == "stopping":
+                    return
+                self.state = "restarting"
+                status = await self._reap()
+                if time.monotonic() - started > _HEALTHY_AFTER_S:
+                    backoff = _FIRST_BACKOFF_S
+                logger.error("The engine process ended (status %s); starting another.", status)
+                reader, backoff = await self._restart(backoff)
+                if self.state == "restarting":
+                    self.state = "ready"
+                    logger.info("The engine is ready again.")
+        except Exception:
+            logger.exception("The engine's supervisor failed; no requests can be taken until a restart.")
+            self.state = "failed"
+            self._fail_streams("The server can no longer reach its engine.")
+
+    async def _restart(self, backoff: float) -> tuple[asyncio.StreamReader, float]:
+        """Start processes, waiting longer each time, until one has loaded the model."""
         while True:
-            started = time.monotonic()
-            await self._deliver(reader)
-            self._fail_streams(_DIED)
-            if self.state == "stopping":
-                return
-            self.state = "restarting"
-            status = await self._reap()
-            if time.monotonic() - started > _HEALTHY_AFTER_S:
-                backoff = _FIRST_BACKOFF_S
-            loaded = False
-            while not loaded:
-                logger.error("The engine process ended (status %s); restarting in %.1f s.", status, backoff)
-                await asyncio.sleep(backoff)
-                backoff = min(backoff * 2, _MAX_BACKOFF_S)
+            await asyncio.sleep(backoff)
+            backoff = min(backoff * 2, _MAX_BACKOFF_S)
+            try:
                 reader = await self._spawn()
-                try:
-                    await self._load(reader)
-                    loaded = True
-                except ModelError as error:
-                    logger.error("The engine could not be restarted: %s", error)
-                    status = await self._reap()
-            if self.state == "restarting":
-                self.state = "ready"
-                logger.info("The engine is ready again.")
+                await self._load(reader)
+                return reader, backoff
+            except (ModelError, OSError) as error:
+                await self._reap()
+                logger.error("The engine could not be restarted: %s Next try in %.1f s.", error, backoff)
 
     async def _deliver(self, reader: asyncio.StreamReader) -> None:
         """Hand outputs to their streams until the process's end of the socket closes."""
