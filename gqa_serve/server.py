@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import signal
 import socket
 import sys
@@ -29,6 +30,8 @@ from gqa_serve.errors import ConfigError
 from gqa_serve.progress import ProgressBar
 
 logger = logging.getLogger(__name__)
+
+_LAST_WORDS_S = 3  # after the drain timeout, for the errors of what did not finish to reach their clients
 
 
 def serve(engine_config: EngineConfig, server_config: ServerConfig) -> None:
@@ -72,7 +75,9 @@ class _Server(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, engine: AsyncEngine) -> None:
         super().__init__(config)
+        self.signalled = asyncio.Event()
         self._engine = engine
+        self._loop = asyncio.get_running_loop()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal drains, a second one does not wait."""
@@ -81,6 +86,7 @@ class _Server(uvicorn.Server):
             return
         self.should_exit = True
         self._engine.refuse_new()
+        self._loop.call_soon_threadsafe(self.signalled.set)
         print("\nStopping: waiting for running requests; once more to quit now.", file=sys.stderr, flush=True)
 
     @contextlib.contextmanager
@@ -108,9 +114,10 @@ async def _serve(
         log_config=None,
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=max(1, round(config.drain_timeout)),
+        timeout_graceful_shutdown=math.ceil(config.drain_timeout) + _LAST_WORDS_S,
     )
     server = _Server(options, engine)
+    draining = asyncio.create_task(_drain(server, engine, config.drain_timeout))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     loading = asyncio.create_task(engine.start())
     try:
@@ -121,9 +128,22 @@ async def _serve(
             await serving
     finally:
         server.should_exit = True
+        server.signalled.set()
         loading.cancel()
         await asyncio.gather(serving, loading, return_exceptions=True)
-        await engine.stop()
+        await draining
+
+
+async def _drain(server: _Server, engine: AsyncEngine, timeout_s: float) -> None:
+    """After the signal: wait for requests under way, at most `timeout_s`, then end the rest and the engine.
+
+    Uvicorn waits a little longer than this, so that what is ended here still reaches its clients.
+    """
+    await server.signalled.wait()
+    deadline = asyncio.get_running_loop().time() + timeout_s
+    while engine.num_requests and not server.force_exit and asyncio.get_running_loop().time() < deadline:
+        await asyncio.sleep(0.02)
+    await engine.stop()
 
 
 def _announce(info: ModelInfo | None, listener: socket.socket, config: ServerConfig) -> None:
@@ -134,18 +154,18 @@ def _announce(info: ModelInfo | None, listener: socket.socket, config: ServerCon
     name = config.served_model_name[0] if config.served_model_name else info.model
     shown = f"[{host}]" if ":" in host else host
     logger.info(
-        "%s (%s): %d query heads over %d KV heads; KV cache of %d tokens at %.1f KiB; context %d; %s on %s.",
+        "%s (%s): %d query heads over %d KV heads; KV cache of %d tokens (%.1f GiB); context %d; %s on %s.",
         name,
         info.architecture,
         info.num_heads,
         info.num_kv_heads,
         info.num_blocks * info.block_size,
-        info.kv_bytes_per_token / 1024,
+        info.num_blocks * info.block_size * info.kv_bytes_per_token / 2**30,
         info.max_model_len,
         info.dtype,
         info.device,
     )
-    body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
+    body = f'{{"model": "{name}", "temperature": 0, "messages": [{{"role": "user", "content": "Hello!"}}]}}'
     print(
         f"Ready: http://{shown}:{port}/v1 - try: curl http://{shown}:{port}/v1/chat/completions "
         f"-H 'Content-Type: application/json' -d '{body}'",

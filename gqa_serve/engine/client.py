@@ -12,7 +12,6 @@ Invariant: every submitted stream ends exactly once: with a `finish_reason`, or 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import socket
 import sys
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 from gqa_serve.config import EngineConfig
-from gqa_serve.engine.request import EngineRequest, ModelInfo, TokenOutput
+from gqa_serve.engine.request import EngineRequest, FinishReason, ModelInfo, TokenOutput
 from gqa_serve.engine.wire import (
     LENGTH,
     Abort,
@@ -145,14 +144,18 @@ class AsyncEngine:
 
     async def start(self) -> None:
         """Start the process and load the model. Raises ModelError with the engine's own words if it can't."""
-        reader = await self._spawn()
         try:
+            reader = await self._spawn()
             await self._load(reader)
+        except OSError as error:
+            self.state = "failed"
+            raise ModelError(f"The engine process could not be started: {error}.") from error
         except BaseException:
             self.state = "failed"
             await self._reap()
             raise
-        self.state = "ready"
+        if self.state == "loading":
+            self.state = "ready"
         self._supervisor = asyncio.create_task(self._supervise(reader))
 
     def submit(self, request: EngineRequest) -> TokenStream:
@@ -172,17 +175,13 @@ class AsyncEngine:
         """Take no more requests; those under way go on."""
         self.state = "stopping"
 
-    async def stop(self, drain_timeout_s: float = 0.0) -> None:
-        """Let requests under way finish for up to `drain_timeout_s`, then end the process."""
+    async def stop(self) -> None:
+        """End the requests under way with "abort", then the process."""
         self.refuse_new()
-        deadline = time.monotonic() + drain_timeout_s
-        while self._streams and time.monotonic() < deadline:
-            await asyncio.sleep(0.02)
         if self._supervisor is not None:
             self._supervisor.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._supervisor
-        self._fail_streams("The server is shutting down.")
+            await asyncio.gather(self._supervisor, return_exceptions=True)
+        self._end_streams("abort", "The server is shutting down.")
         self._send(Stop())
         await self._reap()
 
@@ -190,9 +189,9 @@ class AsyncEngine:
         if self._writer is not None and not self._writer.is_closing():
             self._writer.write(frame(message))
 
-    def _fail_streams(self, message: str) -> None:
+    def _end_streams(self, reason: FinishReason, message: str) -> None:
         for request_id, stream in list(self._streams.items()):
-            stream._put(TokenOutput(request_id=request_id, finish_reason="error", error=message))
+            stream._put(TokenOutput(request_id=request_id, finish_reason=reason, error=message))
 
     async def _spawn(self) -> asyncio.StreamReader:
         ours, theirs = socket.socketpair()
@@ -232,7 +231,7 @@ class AsyncEngine:
             while True:
                 started = time.monotonic()
                 await self._deliver(reader)
-                self._fail_streams(_DIED)
+                self._end_streams("error", _DIED)
                 if self.state == "stopping":
                     return
                 self.state = "restarting"
@@ -247,7 +246,7 @@ class AsyncEngine:
         except Exception:
             logger.exception("The engine's supervisor failed; no requests can be taken until a restart.")
             self.state = "failed"
-            self._fail_streams("The server can no longer reach its engine.")
+            self._end_streams("error", "The server can no longer reach its engine.")
 
     async def _restart(self, backoff: float) -> tuple[asyncio.StreamReader, float]:
         """Start processes, waiting longer each time, until one has loaded the model."""
@@ -277,19 +276,20 @@ class AsyncEngine:
 
     async def _reap(self) -> int | None:
         """Close the socket and wait for the process, killing it if it lingers. Returns its status."""
-        if self._writer is not None:
-            self._writer.close()
-            with contextlib.suppress(ConnectionError):
-                await self._writer.wait_closed()
-            self._writer = None
+        writer, self._writer = self._writer, None
         process, self._process = self._process, None
+        if writer is not None:
+            writer.close()
         if process is None:
             return None
         try:
-            return await asyncio.wait_for(process.wait(), _EXIT_TIMEOUT_S)
+            status = await asyncio.wait_for(process.wait(), _EXIT_TIMEOUT_S)
         except asyncio.TimeoutError:
             process.kill()
-            return await process.wait()
+            status = await process.wait()
+        if writer is not None:
+            writer.transport.abort()  # a process that stopped reading left bytes that close() waits for
+        return status
 
 
 async def _read(reader: asyncio.StreamReader) -> Loading | Ready | Failed | Outputs:

@@ -11,6 +11,7 @@ and whoever runs the engine must replace it.
 from __future__ import annotations
 
 import logging
+import math
 import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
@@ -32,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 # Rows of prompt logits turned into log-probabilities at a time: bounds [rows, V] temporaries.
 _SCORING_ROWS = 256
+_NO_TOKEN = "The logits of this request are not finite, or its parameters leave no token to choose."
 
 
 class Runner(Protocol):
@@ -150,14 +152,14 @@ class Engine:
     def _accept(self, request: Request, sample: Sample) -> TokenOutput:
         """Append a sampled token and end the request if that ends it."""
         if sample.token_id is None:
-            return self._end(request, "error", error="The model produced logits that are not finite.")
+            return self._end(request, "error", error=_NO_TOKEN)
         params, token = request.params, sample.token_id
         request.tokens.append(token)
         is_stop = token in params.stop_token_ids or (token in self._eos and not params.ignore_eos)
         if is_stop and request.num_output_tokens > params.min_tokens:
             return self._end(request, "stop", sample, stop_token_id=token)
         full = request.num_tokens >= self.info.max_model_len
-        if full or request.num_output_tokens == params.max_tokens:
+        if full or request.num_output_tokens >= (params.max_tokens or math.inf):
             return self._end(request, "length", sample)
         return self._output(request, sample)
 

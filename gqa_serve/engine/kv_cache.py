@@ -13,10 +13,14 @@ are finite.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+
+from gqa_serve.errors import CacheCapacityError
 
 if TYPE_CHECKING:
     from gqa_serve.engine.model_config import ModelConfig
@@ -35,13 +39,26 @@ class KVCache:
     def allocate(
         cls, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> KVCache:
-        """Zeroed cache of `num_blocks` blocks of `block_size` tokens for every layer of `config`."""
+        """Zeroed cache of `num_blocks` blocks of `block_size` tokens for every layer of `config`.
+
+        Raises CacheCapacityError if the device does not have the memory.
+        """
         shape = (num_blocks, config.num_kv_heads, block_size, config.head_dim)
-        k, v = (
-            [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
-            for _ in range(2)
-        )
+        try:
+            k, v = ([_zeros(shape, dtype, device) for _ in range(config.num_layers)] for _ in range(2))
+        except (MemoryError, RuntimeError) as error:  # torch reports a failed allocation as RuntimeError
+            raise CacheCapacityError(
+                f"There is no memory for {num_blocks} KV blocks of {block_size} tokens; "
+                "lower --kv-cache-memory."
+            ) from error
         return cls(k, v, block_size, num_blocks)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros; on a CPU by way of calloc, so that pages cost memory only once a block is used."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
 def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:

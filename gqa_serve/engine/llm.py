@@ -11,9 +11,8 @@ Owns an `Engine`, its tokenizer and chat template. Not thread safe: one call at 
 
 from __future__ import annotations
 
-import logging
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 from gqa_serve.config import EngineConfig, collect
@@ -31,27 +30,25 @@ from gqa_serve.engine.request import (
 )
 from gqa_serve.engine.tokenizer import load_tokenizer
 from gqa_serve.engine.weights.hub import resolve_model
-from gqa_serve.errors import EngineStepError, RequestError
+from gqa_serve.errors import ConfigError, EngineStepError, RequestError
 from gqa_serve.progress import ProgressBar
-
-logger = logging.getLogger(__name__)
 
 Prompt = str | Sequence[int]
 
 
-@dataclass
+@dataclasses.dataclass
 class CompletionOutput:
     """One choice. `stop_reason` is the stop string or stop token id that ended it, if one did."""
 
     index: int
     text: str = ""
-    token_ids: list[int] = field(default_factory=list)
+    token_ids: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[TokenLogprobs] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
 
 
-@dataclass
+@dataclasses.dataclass
 class RequestOutput:
     """A prompt and its `n` choices."""
 
@@ -62,7 +59,7 @@ class RequestOutput:
     num_cached_tokens: int = 0
 
 
-@dataclass
+@dataclasses.dataclass
 class _Choice:
     """A choice under way."""
 
@@ -80,14 +77,17 @@ class LLM:
     def __init__(
         self, model: str, *, chat_template: str | None = None, progress: bool = True, **settings: Any
     ) -> None:
+        known = {field.name for field in dataclasses.fields(EngineConfig)}
+        if unknown := sorted(settings.keys() - known):
+            raise ConfigError(f"LLM has no setting {unknown[0]!r}; there are {', '.join(sorted(known))}.")
         (config,) = collect([EngineConfig], {"model": model, **settings}, environ={})
         self._load(config, chat_template, progress)
 
     @classmethod
-    def from_config(cls, config: EngineConfig) -> LLM:
+    def from_config(cls, config: EngineConfig, chat_template: str | None = None) -> LLM:
         """The model that `config` describes."""
         llm = cls.__new__(cls)
-        llm._load(config, None, progress=True)
+        llm._load(config, chat_template, progress=True)
         return llm
 
     def _load(self, config: EngineConfig, chat_template: str | None, progress: bool) -> None:
@@ -114,17 +114,23 @@ class LLM:
         """Complete prompts (text, or token ids taken as they are), all in one continuous batch.
 
         One `sampling_params` for all, or one for each; None is `default_sampling_params`. Raises
-        RequestError, before anything is computed, if a prompt or parameter can't be used.
+        RequestError, before anything is computed, if a prompt or parameter can't be used, and EngineStepError
+        if computing one fails (the others are dropped).
         """
         listed = _as_list(prompts)
         if sampling_params is None:
             sampling_params = self.default_sampling_params
         if isinstance(sampling_params, SamplingParams):
             sampling_params = [sampling_params] * len(listed)
+        if len(sampling_params) != len(listed):
+            raise RequestError(
+                f"There are {len(listed)} prompts but {len(sampling_params)} sampling_params; "
+                "give one, or one for each prompt."
+            )
         choices: dict[str, _Choice] = {}
         specs: list[EngineRequest] = []
         results = []
-        for prompt, params in zip(listed, sampling_params, strict=True):
+        for prompt, params in zip(listed, map(_checked, sampling_params), strict=True):
             ids = self._encode(prompt)
             result = RequestOutput(prompt if isinstance(prompt, str) else None, ids, [])
             results.append(result)
@@ -163,7 +169,7 @@ class LLM:
     ) -> Iterator[str]:
         """Answer one conversation, yielding text as it comes. Leaving the loop early ends the request."""
         ids = self.encode_chat(messages)
-        params = sampling_params or self.default_sampling_params
+        params = _checked(sampling_params or self.default_sampling_params)
         if params.n != 1:
             raise RequestError("chat_stream gives one answer; n must be 1.", param="n")
         (spec,) = self._specs(ids, params)
@@ -176,13 +182,17 @@ class LLM:
         """Token ids of a conversation rendered by the chat template."""
         return encode_chat(self.tokenizer, self.chat_template, messages, **template_options)
 
-    def _encode(self, prompt: Prompt) -> list[int]:
+    def _encode(self, prompt: object) -> list[int]:
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt, parse_special=True)  # a prompt is the model's raw input
+        if not isinstance(prompt, Sequence) or not all(isinstance(token, int) for token in prompt):
+            raise RequestError("A prompt is a string or a list of token ids.", param="prompt")
         return list(prompt)
 
     def _specs(self, ids: list[int], params: SamplingParams) -> list[EngineRequest]:
         """One engine request per choice; those of one prompt share its blocks."""
+        if self.engine.has_work:
+            raise RequestError("This LLM is generating already (an open chat_stream?); finish that first.")
         self._counter += 1
         name = f"llm-{self._counter}"
         params.validate(self.engine.info.vocab_size)
@@ -229,7 +239,17 @@ class LLM:
                 self.engine.abort(request_id)
 
 
+def _checked(params: object) -> SamplingParams:
+    if not isinstance(params, SamplingParams):
+        raise RequestError(f"sampling_params must be SamplingParams, got {type(params).__name__}.")
+    return params
+
+
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if not isinstance(prompts, Sequence):
+        raise RequestError(
+            "prompts must be a string, a list of token ids, or a list of such.", param="prompt"
+        )
     if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
         return [cast("Prompt", prompts)]
-    return list(cast("Sequence[Prompt]", prompts))
+    return list(cast("Iterable[Prompt]", prompts))

@@ -20,15 +20,16 @@ from gqa_serve.engine.batch import ForwardBatch, PlanRow, StepPlan
 from gqa_serve.engine.kv_cache import KVCache, block_bytes
 from gqa_serve.engine.model_config import ModelConfig
 from gqa_serve.engine.models.loader import load_model
-from gqa_serve.engine.request import ModelInfo
+from gqa_serve.engine.request import ModelInfo, sampling_defaults
 from gqa_serve.engine.weights.checkpoint import open_checkpoint
-from gqa_serve.errors import CacheCapacityError, ConfigError
+from gqa_serve.errors import CacheCapacityError, ConfigError, ModelError, RequestError
 
 logger = logging.getLogger(__name__)
 
 # Shares of free memory the KV cache may take when --kv-cache-memory does not say. A CPU's memory is shared
 # with everything else on the machine; a GPU's is ours, but for fragmentation and temporary tensors.
 _CPU_MEMORY_SHARE = 0.5
+_CPU_KV_CACHE = 4 * 2**30  # unless one request of the longest context needs more
 _GPU_MEMORY_SHARE = 0.9
 
 OnTensor = Callable[[int, int], None]
@@ -40,6 +41,10 @@ class ModelRunner:
 
     def __init__(self, path: Path, config: EngineConfig, on_tensor: OnTensor | None = None) -> None:
         checkpoint = open_checkpoint(path)
+        try:
+            sampling_defaults(checkpoint.generation_config)
+        except RequestError as error:
+            raise ModelError(f"generation_config.json recommends what cannot be used: {error}") from error
         self.config = ModelConfig.from_hf(checkpoint.raw_config, checkpoint.generation_config)
         if config.max_model_len is not None:
             self.config = self.config.with_max_model_len(config.max_model_len)
@@ -81,6 +86,7 @@ class ModelRunner:
             device=str(self.device),
             backend=self.backend.name,
             max_num_seqs=config.max_num_seqs,
+            max_waiting=config.max_waiting,
             generation_config=checkpoint.generation_config,
         )
 
@@ -116,22 +122,35 @@ class ModelRunner:
     def _num_blocks(self, config: EngineConfig) -> int:
         """KV blocks: what --kv-cache-memory says, else a share of free memory, at most what could be used."""
         size = block_bytes(self.config, config.block_size, self.dtype)
-        if config.kv_cache_memory is not None:
-            budget, asked = config.kv_cache_memory, True
+        blocks_per_request = -(-self.config.max_model_len // config.block_size)
+        free = free_memory(self.device)
+        asked = config.kv_cache_memory
+        if asked is not None and asked > free:
+            raise CacheCapacityError(
+                f"--kv-cache-memory asks for {format_bytes(asked)}, but only {format_bytes(free)} are free."
+            )
+        if asked is not None:
+            budget = asked
+        elif self.device.type == "cpu":
+            budget = int(min(free * _CPU_MEMORY_SHARE, max(_CPU_KV_CACHE, blocks_per_request * size)))
         else:
-            useful = config.max_num_seqs * -(-self.config.max_model_len // config.block_size) * size
-            budget, asked = min(free_memory(self.device), useful), False
+            budget = int(free * _GPU_MEMORY_SHARE)
         if budget < size:
-            cure = "raise --kv-cache-memory" if asked else "free memory or choose a smaller model"
+            cure = "free memory or choose a smaller model" if asked is None else "raise --kv-cache-memory"
             raise CacheCapacityError(
                 f"The KV cache fits 0 blocks: one block of {config.block_size} tokens takes "
                 f"{format_bytes(size)}, there are {format_bytes(budget)}; {cure}, or lower --block-size."
             )
-        return budget // size
+        useful = config.max_num_seqs * blocks_per_request
+        return budget // size if asked is not None else min(budget // size, useful)
 
 
 def _fit_context(config: EngineConfig, max_model_len: int, kv_tokens: int) -> int:
     """The longest prompt + output: what was asked for, else the model's own or what the KV cache holds."""
+    if min(max_model_len, kv_tokens) < 2:
+        raise CacheCapacityError(
+            "A context of 1 token leaves no room to generate; raise --kv-cache-memory or --max-model-len."
+        )
     if max_model_len <= kv_tokens:
         return max_model_len
     if config.max_model_len is not None:
@@ -168,10 +187,10 @@ def choose_dtype(name: str, checkpoint_dtype: str | None, device: torch.device) 
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes the KV cache may take on `device`."""
+    """Bytes free on `device`."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] * _GPU_MEMORY_SHARE)
-    return int(min(psutil.virtual_memory().available, *_cgroup_free()) * _CPU_MEMORY_SHARE)
+        return int(torch.cuda.mem_get_info(device)[0])
+    return min(psutil.virtual_memory().available, *_cgroup_free())
 
 
 def _cgroup_free() -> list[int]:

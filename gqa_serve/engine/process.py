@@ -71,7 +71,10 @@ class Channel:
             timeout = None if wait and not yielded else 0
             if not select.select([self._sock], [], [], timeout)[0]:
                 return
-            data = self._sock.recv(_RECEIVE_BYTES)
+            try:
+                data = self._sock.recv(_RECEIVE_BYTES)
+            except OSError as error:
+                raise Closed from error
             if not data:
                 raise Closed
             self._buffer += data

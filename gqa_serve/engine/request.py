@@ -20,15 +20,17 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 64
+MAX_STOP_CHARS = 1024
+MAX_STOP_TOKEN_IDS = 1024
 MAX_LOGIT_BIAS = 1024
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How to choose the next tokens and when to stop.
 
-    `temperature` 0 is greedy. `top_k` 0 and `top_p` 1.0 and `min_p` 0.0 switch the filter off; filters apply
-    in the order temperature, top-k, top-p, min-p. Presence and frequency penalties are subtracted from the
-    logits of tokens already generated; the repetition penalty divides (positive) or multiplies (negative)
+    `temperature` 0 is greedy. `top_k` 0 (or -1), `top_p` 1.0 and `min_p` 0.0 switch the filter off; filters
+    apply in the order temperature, top-k, top-p, min-p. Presence and frequency penalties are subtracted from
+    the logits of tokens already generated; the repetition penalty divides (positive) or multiplies (negative)
     logits of tokens in the prompt or the output. `max_tokens` None means up to the context length.
     `logprobs` n returns the chosen token's log-probability and the n likeliest alternatives, taken from the
     unmodified logits; `prompt_logprobs` does so for each prompt token. A `seed` makes a request's random
@@ -56,16 +58,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     n: int = 1
 
     def validate(self, vocab_size: int | None = None) -> None:
-        """Raises RequestError, naming the field, if a value is outside its range."""
+        """Raises RequestError, naming the field, if a value is of the wrong type or outside its range."""
+        self._validate_types()
         for name, low, high in _RANGES:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and low <= value <= high):
                 bounds = f"between {low:g} and {high:g}" if high < math.inf else f"at least {low:g}"
                 raise RequestError(f"{name} must be {bounds}, got {value!r}.", param=name)
-        if self.repetition_penalty == 0:
-            raise RequestError(
-                "repetition_penalty must be greater than 0, got 0.", param="repetition_penalty"
-            )
         if self.top_p == 0:
             raise RequestError("top_p must be greater than 0 and at most 1, got 0.", param="top_p")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
@@ -73,17 +72,34 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
                 f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens}).",
                 param="min_tokens",
             )
-        if len(self.stop) > MAX_STOP_STRINGS or any(not stop for stop in self.stop):
-            raise RequestError(f"stop takes at most {MAX_STOP_STRINGS} strings, none empty.", param="stop")
+        if len(self.stop) > MAX_STOP_STRINGS or not all(
+            0 < len(stop) <= MAX_STOP_CHARS for stop in self.stop
+        ):
+            raise RequestError(
+                f"stop takes at most {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_CHARS} characters.",
+                param="stop",
+            )
         self._validate_ids(vocab_size)
+
+    def _validate_types(self) -> None:
+        """A struct made in Python (not decoded) may hold anything; the engine process must not find out."""
+        try:
+            msgspec.convert(msgspec.to_builtins(self), SamplingParams)
+        except (msgspec.ValidationError, TypeError) as error:
+            text = str(error)
+            _, _, name = text.rpartition("$.")
+            raise RequestError(
+                f"Sampling parameters: {text}.", param=name.partition("[")[0].rstrip("`") or None
+            ) from error
 
     def fit(self, num_prompt_tokens: int, max_model_len: int, *, param: str = "prompt") -> SamplingParams:
         """With `max_tokens` cut to what the context leaves: it is a cap, not a reservation.
 
-        Raises ContextLengthError, naming `param`, if the prompt leaves no room for one token.
+        Raises ContextLengthError, naming `param`, if the prompt leaves no room for one token (or, with
+        `max_tokens` 0, does not fit itself).
         """
         room = max_model_len - num_prompt_tokens
-        if room < 1:
+        if room < (self.max_tokens != 0):
             raise ContextLengthError(num_prompt_tokens, max_model_len, param=param)
         max_tokens = room if self.max_tokens is None else min(self.max_tokens, room)
         return msgspec.structs.replace(
@@ -105,6 +121,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         for token, value in bias.items():
             if not (math.isfinite(value) and -100 <= value <= 100):
                 raise RequestError(f"logit_bias[{token}] must be between -100 and 100.", param="logit_bias")
+        if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+            raise RequestError(
+                f"stop_token_ids takes at most {MAX_STOP_TOKEN_IDS} tokens, got {len(self.stop_token_ids)}.",
+                param="stop_token_ids",
+            )
         limit = vocab_size if vocab_size is not None else math.inf
         for name, ids in (("logit_bias", bias), ("stop_token_ids", self.stop_token_ids)):
             for token in ids:
@@ -118,9 +139,9 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("min_tokens", 0, math.inf),
     ("temperature", 0, 2),
     ("top_p", 0, 1),
-    ("top_k", 0, math.inf),
+    ("top_k", -1, math.inf),
     ("min_p", 0, 1),
-    ("repetition_penalty", 0, math.inf),
+    ("repetition_penalty", 0.01, 100),
     ("presence_penalty", -2, 2),
     ("frequency_penalty", -2, 2),
     ("seed", -_INT64_MAX - 1, _INT64_MAX),
@@ -134,9 +155,16 @@ SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penal
 
 
 def sampling_defaults(generation_config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint recommends where a request is silent. A config that asks for greedy decoding
-    (`do_sample` false) still recommends nothing here: the clients' convention is temperature 1."""
-    return {n: generation_config[n] for n in SAMPLING_DEFAULTS if generation_config.get(n) is not None}
+    """What a checkpoint recommends where a request is silent: the fields above that its config holds.
+
+    Raises RequestError, naming the field, for a value that no request could use. `do_sample` is not looked
+    at: OpenAI's clients expect sampling unless they ask for temperature 0.
+    """
+    found = {n: generation_config[n] for n in SAMPLING_DEFAULTS if generation_config.get(n) is not None}
+    if isinstance(found.get("top_k"), float) and found["top_k"].is_integer():
+        found["top_k"] = int(found["top_k"])
+    SamplingParams(**found).validate()
+    return found
 
 
 class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -200,6 +228,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     device: str
     backend: str
     max_num_seqs: int
+    max_waiting: int = 0
     generation_config: dict[str, Any] = {}
     """The checkpoint's generation_config.json: sampling defaults among others."""
 

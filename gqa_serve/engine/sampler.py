@@ -26,7 +26,7 @@ _FIRST_CANDIDATES = 256
 
 
 class Sample(NamedTuple):
-    """The chosen token of one row; None if its logits were not finite."""
+    """The chosen token of one row; None if its logits are not finite or leave no token to choose."""
 
     token_id: int | None
     logprobs: TokenLogprobs | None
@@ -50,6 +50,8 @@ class Sampler:
         finite = torch.isfinite(logits).all(dim=-1)  # [R]
         logprobs = self._logprobs_rows(logits, requests)
         adjusted = self._adjust(logits, requests)
+        # Penalties may overflow and bans may leave nothing to choose: those rows have no token either.
+        finite &= torch.isfinite(adjusted.amax(dim=-1))
         tokens = adjusted.argmax(dim=-1)  # [R]
         drawn = [row for row, request in enumerate(requests) if request.params.temperature > _SAMPLING_EPS]
         if drawn:
@@ -174,8 +176,10 @@ def _draw(logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
     unit = [random_unit(request.seed, request.num_tokens) for request in requests]
     target = torch.tensor(unit, dtype=torch.float64, device=device) * total
     target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
+    target = target.nan_to_num()  # rows without a finite logit; `sample` gives them no token
     # right=True: the first token whose cumulative probability exceeds the target, so never one of zero mass
-    return torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
+    drawn = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
+    return drawn.clamp_(max=logits.shape[-1] - 1)
 
 
 def _filter_floor(scaled: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:

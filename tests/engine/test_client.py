@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -144,7 +144,7 @@ async def test_abort_is_idempotent_and_frees_the_place(checkpoint: Path) -> None
         waiting = engine.submit(request("waiting", [7, 8], max_tokens=2))
         long.abort()
         long.abort()
-        assert [output async for output in long] == [] or long._ended
+        assert await collect(long) == []
         assert (await collect(waiting))[-1].finish_reason == "length"
         assert engine.num_requests == 0
 
@@ -168,27 +168,40 @@ async def test_what_the_engine_refuses_ends_as_an_error(checkpoint: Path) -> Non
 
 
 @in_loop
-async def test_stop_drains_what_is_under_way(checkpoint: Path) -> None:
+async def test_refuse_new_lets_what_is_under_way_finish(checkpoint: Path) -> None:
     async with started(checkpoint) as engine:
         stream = engine.submit(request("a", [5, 6], max_tokens=30))
         await anext(stream)
-        reading: Awaitable[list[TokenOutput]] = asyncio.create_task(collect(stream))
-        process = engine._process
-        await engine.stop(drain_timeout_s=30)
-        assert (await reading)[-1].finish_reason == "length"
-        assert process is not None
-        assert process.returncode == 0
+        engine.refuse_new()
         with pytest.raises(EngineUnavailableError):
             engine.submit(request("b", [5, 6]))
+        assert (await collect(stream))[-1].finish_reason == "length"
+        process = engine._process
+        await engine.stop()
+        assert process is not None
+        assert process.returncode == 0
 
 
 @in_loop
-async def test_stop_without_draining_ends_streams_with_an_error(checkpoint: Path) -> None:
+async def test_stop_ends_streams_under_way(checkpoint: Path) -> None:
     async with started(checkpoint) as engine:
         stream = engine.submit(request("a", [5, 6], max_tokens=200))
         await anext(stream)
         await engine.stop()
-        assert (await collect(stream))[-1].finish_reason == "error"
+        assert (await collect(stream))[-1].finish_reason == "abort"
+        assert engine.num_requests == 0
+
+
+@in_loop
+async def test_stop_kills_a_process_that_reads_nothing(checkpoint: Path) -> None:
+    async with started(checkpoint) as engine:
+        assert engine._process is not None
+        process = engine._process
+        process.send_signal(signal.SIGSTOP)
+        for number in range(60):  # more bytes than the socket's buffer takes
+            engine.submit(request(f"r{number}", [5] * 8000, max_tokens=1))
+        await asyncio.wait_for(engine.stop(), client_module._EXIT_TIMEOUT_S + 10)
+        assert process.returncode == -signal.SIGKILL
 
 
 def test_a_checkpoint_that_cannot_be_loaded_says_why(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
+from gqa_serve.engine import core
 from gqa_serve.engine.request import SamplingParams
 from gqa_serve.errors import ContextLengthError, RequestError
 
@@ -86,6 +87,96 @@ def test_preemption_happens_in_a_small_pool_and_changes_nothing() -> None:
     for i in range(6):
         wanted = expected(prompt_of(7, i), SamplingParams(max_tokens=24, ignore_eos=True))
         assert tokens_of(outputs[f"r{i}"]) == wanted
+
+
+def test_the_first_in_order_is_never_preempted_and_keeps_its_count_of_cached_tokens() -> None:
+    engine = make_engine(num_blocks=12, max_num_batched_tokens=64)
+    for i in range(6):
+        engine.add(request(f"r{i}", prompt_of(7, i), max_tokens=24))
+    cached = {}
+    while engine.has_work:
+        for output in engine.step():
+            cached.setdefault(output.request_id, set()).add(output.num_cached_tokens)
+        assert "r0" not in [r.request_id for r in engine.scheduler.waiting]
+    assert engine.scheduler.num_preemptions > 0
+    assert all(values == {0} for values in cached.values())  # finding its own blocks again is no prefix hit
+
+
+def test_nobody_is_admitted_into_room_that_running_requests_are_about_to_need() -> None:
+    # 6 blocks of 4: two requests hold 2 each and need a third each for their 9th token.
+    engine = make_engine(num_blocks=6, max_model_len=24, prefix_caching=False)
+    for name in ("a", "b"):
+        engine.add(request(name, prompt_of(7), max_tokens=3))
+    engine.step()
+    engine.add(request("later", prompt_of(7, 1), max_tokens=3))
+    run(engine)
+    assert engine.scheduler.num_preemptions == 0
+
+
+def test_a_prompt_scored_twice_because_of_preemption_has_one_entry_per_token() -> None:
+    engine = make_engine(num_blocks=12, max_num_batched_tokens=8, max_num_seqs=4)
+    for i in range(2):
+        engine.add(request(f"old{i}", prompt_of(4, i), max_tokens=20))
+    engine.step()
+    engine.add(request("scored", prompt_of(28, 5), prompt_logprobs=0, max_tokens=1))
+    preempted = False
+    outputs = []
+    while engine.has_work:
+        partly = {r.request_id for r in engine.scheduler.running if r.request_id == "scored"}
+        outputs += engine.step()
+        preempted |= bool(partly) and "scored" in {r.request_id for r in engine.scheduler.waiting}
+    assert preempted
+    scored = next(o for o in outputs if o.request_id == "scored")
+    assert scored.prompt_logprobs is not None
+    assert [entry is None for entry in scored.prompt_logprobs] == [True] + [False] * 27
+
+
+def test_equal_blocks_after_different_beginnings_are_different() -> None:
+    engine = make_engine(block_size=4)
+    first, second, block = prompt_of(4, 1), prompt_of(4, 2), prompt_of(4, 3)
+    for number, prompt in enumerate([first + block, second]):
+        engine.add(request(f"r{number}", [*prompt, 50], max_tokens=1))
+        run(engine)
+    engine.add(request("last", [*second, *block, 50]))
+    outputs = run(engine)["last"]
+    assert outputs[0].num_cached_tokens == 4
+    params = SamplingParams(max_tokens=8, ignore_eos=True)
+    assert tokens_of(outputs) == expected([*second, *block, 50], params)
+
+
+def test_a_chain_is_evicted_from_its_end() -> None:
+    engine = make_engine(num_blocks=8, block_size=4, max_model_len=32)
+    chain = prompt_of(12, 1)
+    engine.add(request("chain", [*chain, 50], max_tokens=1))
+    run(engine)
+    engine.add(request("other", prompt_of(24, 2), max_tokens=1))  # takes the untouched blocks and one of ours
+    run(engine)
+    engine.add(request("again", [*chain, 50], max_tokens=1))
+    assert run(engine)["again"][0].num_cached_tokens == 8
+
+
+def test_others_are_admitted_past_a_sibling_that_waits() -> None:
+    engine = make_engine(max_num_batched_tokens=16)
+    for name in ("c0", "c1"):
+        engine.add(request(name, prompt_of(14), group="g"))
+    engine.add(request("x", prompt_of(2, 1)))
+    engine.step()
+    assert [len(row.token_ids) for row in engine.runner.plans[0].rows] == [14, 2]
+
+
+def test_the_count_of_failed_steps_starts_again_after_a_success() -> None:
+    fail = {"now": False}
+
+    def on_execute(plan: object) -> None:
+        if fail["now"]:
+            raise RuntimeError("injected")
+
+    engine = make_engine(on_execute=on_execute)
+    for planned in (True, True, False, True):
+        fail["now"] = planned
+        engine.add(request(f"r{planned}", prompt_of(3), max_tokens=1))
+        engine.step()
+    assert engine.num_failed_steps == 1
 
 
 def test_seeded_sampling_is_the_same_alone_and_in_a_preempting_crowd() -> None:
@@ -235,7 +326,8 @@ def test_what_cannot_be_computed_is_refused(spec: object, error: type[Exception]
 
 
 @pytest.mark.parametrize("budget", [4, 7, 64])
-def test_prompt_logprobs_score_every_prompt_token(budget: int) -> None:
+def test_prompt_logprobs_score_every_prompt_token(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(core, "_SCORING_ROWS", 4)
     prompt = prompt_of(19)
     engine = make_engine(max_num_batched_tokens=budget, max_num_seqs=4)
     engine.add(request("warm", prompt))  # fills the prefix cache, which scoring must not use
@@ -299,6 +391,37 @@ def test_logits_that_are_not_finite_fail_only_their_row() -> None:
     assert tokens_of(run(engine)["good"])
 
 
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"repetition_penalty": 0.01, "temperature": 1.0},
+        {"min_tokens": 2, "stop_token_ids": list(range(VOCAB)), "temperature": 1.0},
+        {"min_tokens": 2, "stop_token_ids": list(range(VOCAB))},
+        {"logit_bias": dict.fromkeys(range(VOCAB), -100.0), "temperature": 2.0, "logprobs": 20},
+        {
+            "frequency_penalty": -2.0,
+            "presence_penalty": 2.0,
+            "repetition_penalty": 100.0,
+            "temperature": 1e-4,
+        },
+        {"top_k": -1, "top_p": 1e-9, "min_p": 1.0, "temperature": 2.0, "seed": -(2**63)},
+    ],
+)
+def test_extreme_parameters_never_touch_a_neighbour(params: dict[str, object]) -> None:
+    engine = make_engine()
+    engine.add(request("neighbour", prompt_of(5), max_tokens=10))
+    for number in range(3):
+        engine.add(request(f"extreme{number}", prompt_of(6, number), **{"max_tokens": 6, **params}))
+    outputs = run(engine)
+    assert engine.num_failed_steps == 0
+    assert tokens_of(outputs["neighbour"]) == expected(
+        prompt_of(5), SamplingParams(max_tokens=10, ignore_eos=True)
+    )
+    for number in range(3):
+        assert all(0 <= token < VOCAB for token in tokens_of(outputs[f"extreme{number}"]))
+        assert outputs[f"extreme{number}"][-1].finish_reason in ("length", "error")
+
+
 class EngineMachine(RuleBasedStateMachine):
     """Any interleaving of add, abort, step and failing steps conserves blocks and ends each request once."""
 
@@ -314,6 +437,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.open: set[str] = set()
         self.produced: dict[str, list[int]] = {}
         self.prompts: dict[str, list[int]] = {}
+        self.whole: set[str] = set()
 
     def _fault(self, plan: object) -> None:
         if self.fail:
@@ -355,6 +479,8 @@ class EngineMachine(RuleBasedStateMachine):
             self.produced[output.request_id] += output.token_ids
             if output.finish_reason is not None:
                 self.open.discard(output.request_id)
+            if output.finish_reason == "length":
+                self.whole.add(output.request_id)
 
     @invariant()
     def conserved(self) -> None:
@@ -373,7 +499,8 @@ class EngineMachine(RuleBasedStateMachine):
         assert self.engine.scheduler.kv.pool.num_free == 14
         for name, tokens in self.produced.items():
             params = SamplingParams(max_tokens=6, ignore_eos=True)
-            assert tokens == expected(self.prompts[name], params, 56)[: len(tokens)]
+            wanted = expected(self.prompts[name], params, 56)
+            assert tokens == (wanted if name in self.whole else wanted[: len(tokens)])
 
 
 TestEngineMachine = EngineMachine.TestCase

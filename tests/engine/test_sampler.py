@@ -178,3 +178,20 @@ def test_a_very_low_temperature_is_the_argmax() -> None:
     logits = random_logits(1)
     (sample,) = Sampler([]).sample(logits, [make([1], temperature=1e-4)])
     assert sample.token_id == int(logits.argmax())
+
+
+def test_a_nucleus_of_1_keeps_the_tail_that_rounding_would_cut() -> None:
+    # The first token has all the mass that float64 can tell from 1; top_k asks for the rest all the same.
+    logits = torch.full((1, VOCAB), -60.0)
+    logits[0, 0] = 0.0
+    logits[0, -1] = -70.0
+    floor = _filter_floor(logits, [SamplingParams(top_k=VOCAB - 1, top_p=1.0)])
+    assert int((logits >= floor[:, None]).sum()) == VOCAB - 1
+
+
+def test_rows_that_parameters_leave_nothing_have_no_token() -> None:
+    logits = random_logits(2)
+    ban = make([1], min_tokens=1, stop_token_ids=list(range(VOCAB)), logprobs=1)
+    first, second = Sampler([]).sample(logits, [ban, make([1], seed=1)])
+    assert first == (None, None)
+    assert second.token_id is not None
