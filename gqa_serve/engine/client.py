@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from gqa_serve.config import EngineConfig
+from gqa_serve.config import EngineConfig, engine_environment
 from gqa_serve.engine.request import EngineRequest, FinishReason, ModelInfo, TokenOutput
 from gqa_serve.engine.wire import (
     LENGTH,
@@ -201,6 +201,7 @@ class AsyncEngine:
                 str(theirs.fileno()),
                 pass_fds=[theirs.fileno()],
                 stdin=asyncio.subprocess.DEVNULL,
+                env=engine_environment(),
             )
         reader, self._writer = await asyncio.open_connection(sock=ours)
         self._send(Start(str(self._path), self._config, self._log_level))

@@ -112,15 +112,14 @@ class ReferenceAttentionStep(AttentionStep):
 
     def attend(self, layer: int, q: torch.Tensor) -> torch.Tensor:
         pieces = self.pieces[layer]
+        source, gathered = pieces[0].gather, self._gather(layer, pieces[0])
         if pieces[0].rows is None:
-            return self._compute(pieces[0], q, *self._gather(layer, pieces[0]))
+            return self._compute(pieces[0], q, *gathered)
         out = torch.empty(q.shape[0], q.shape[1] * q.shape[2], dtype=q.dtype, device=q.device)
-        previous = None
         for piece in pieces:
-            if previous is None or piece.gather is not previous.gather:
-                k, v = self._gather(layer, piece)
-            out[piece.rows] = self._compute(piece, q[piece.rows], k, v)
-            previous = piece
+            if piece.gather is not source:  # the tiles of one request share what they read
+                source, gathered = piece.gather, self._gather(layer, piece)
+            out[piece.rows] = self._compute(piece, q[piece.rows], *gathered)
         return out
 
     def _gather(self, layer: int, piece: _Piece) -> tuple[torch.Tensor, torch.Tensor]:
