@@ -19,6 +19,7 @@ from types import FrameType
 import uvicorn
 
 from gqa_serve.api.app import create_app
+from gqa_serve.api.http_protocol import HttpProtocol
 from gqa_serve.config import EngineConfig, ServerConfig
 from gqa_serve.engine.chat_template import ChatTemplate
 from gqa_serve.engine.chat_template_files import load_chat_template
@@ -110,6 +111,8 @@ async def _serve(
     app = create_app(engine, tokenizer, template, config)
     options = uvicorn.Config(
         app,
+        http=HttpProtocol,
+        ws="none",
         lifespan="off",
         log_config=None,
         access_log=False,

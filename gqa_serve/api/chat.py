@@ -15,7 +15,7 @@ from starlette.responses import Response
 from gqa_serve.api.errors import shorten
 from gqa_serve.api.json_guard import read_request
 from gqa_serve.api.logprobs import chat_logprobs
-from gqa_serve.api.params import FieldRules, choice_count, sampling_params
+from gqa_serve.api.params import FieldRules, check_capacity, choice_count, sampling_params
 from gqa_serve.api.protocol import (
     AssistantMessage,
     ChatChoice,
@@ -32,10 +32,15 @@ from gqa_serve.api.protocol import (
 from gqa_serve.api.serving import Job, ServingContext, answer, fingerprint, off_loop
 from gqa_serve.api.text_stream import TextEvent
 from gqa_serve.engine.chat_prompt import encode_chat
-from gqa_serve.engine.chat_template import check_template_kwargs
+from gqa_serve.engine.chat_template import ChatTemplate, check_template_kwargs
 from gqa_serve.engine.request import MAX_LOGPROBS, TokenLogprobs
 from gqa_serve.errors import RequestError
 
+MAX_MESSAGES = 10_000
+MESSAGE_COST_CHARS = 256  # rendering a message costs about as much as so many characters, however short it is
+REASONING_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
+_THINKING_SWITCHES = ("enable_thinking", "thinking")  # what templates of hybrid models call it
+_ENCODE_OPTIONS = frozenset({"add_special_tokens", "max_model_len"})  # encode_chat's own
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -53,12 +58,15 @@ class ChatCompletions:
         model = context.check_model(fields.model)
         n = choice_count(fields)
         self._rules.check(raw, n)
-        messages = checked_messages(fields.messages)
+        # The size of the JSON, so that many small messages count as well as a few large ones.
+        size = memoryview(raw["messages"]).nbytes + MESSAGE_COST_CHARS * len(fields.messages)
+        messages = await off_loop(size, lambda: checked_messages(fields.messages))
         num_logprobs = _num_logprobs(fields)
         for limit in ("max_tokens", "max_completion_tokens"):
             if getattr(fields, limit) == 0:
                 raise RequestError(f"{limit} must be at least 1.", param=limit)
         info = context.ready_info()
+        check_capacity(info, 1, n)
         params = sampling_params(
             fields,
             info.generation_config,
@@ -67,7 +75,7 @@ class ChatCompletions:
             prompt_logprobs=None,
             vocab_size=info.vocab_size,
         )
-        prompt = await self._prompt(fields, messages)
+        prompt = await self._prompt(fields, messages, size, info.max_model_len)
         job = Job.new(
             "chatcmpl",
             model=model,
@@ -79,12 +87,11 @@ class ChatCompletions:
         )
         return await answer(request, context, ChatReply(context, job, num_logprobs))
 
-    async def _prompt(self, fields: ChatRequest, messages: list[dict[str, Any]]) -> list[int]:
+    async def _prompt(
+        self, fields: ChatRequest, messages: list[dict[str, Any]], size: int, max_model_len: int
+    ) -> list[int]:
         """The rendered conversation as token ids; control tokens in it are the template's."""
-        options = dict(fields.chat_template_kwargs or {})
-        check_template_kwargs(options)
-        if fields.reasoning_effort is not None:
-            options.setdefault("reasoning_effort", fields.reasoning_effort)
+        options = template_options(fields, self._context.chat_template)
         final = bool(fields.continue_final_message)
         if final and messages[-1]["role"] != "assistant":
             raise RequestError(
@@ -93,22 +100,81 @@ class ChatCompletions:
         add_prompt = not final if fields.add_generation_prompt is None else fields.add_generation_prompt
         context = self._context
 
-        def render_and_encode() -> list[int]:
+        def encode(options: dict[str, Any]) -> list[int]:
             return encode_chat(
                 context.tokenizer,
                 context.chat_template,
                 messages,
                 add_special_tokens=bool(fields.add_special_tokens),
+                max_model_len=max_model_len,
                 add_generation_prompt=add_prompt,
                 continue_final_message=final,
                 **options,
             )
 
-        size = sum(len(str(message.get("content"))) for message in messages)
+        def render_and_encode() -> list[int]:
+            context.tokenizer.check_length(_content_chars(messages), max_model_len, param="messages")
+            try:
+                return encode(options)
+            except RequestError as error:
+                kwargs = fields.chat_template_kwargs
+                if kwargs and error.code is None:
+                    # If this fails too, it is the messages' fault.
+                    encode({name: value for name, value in options.items() if name not in kwargs})
+                    raise RequestError(
+                        f"These chat_template_kwargs cannot be used: {error.message}",
+                        param="chat_template_kwargs",
+                    ) from error
+                raise
+
         prompt = await off_loop(size, render_and_encode)
         if not prompt:
             raise RequestError("The messages render to an empty prompt.", param="messages")
         return prompt
+
+
+def _content_chars(messages: list[dict[str, Any]]) -> int:
+    """Characters of all contents: about the least that a template can make of the messages."""
+    total = 0
+    for message in messages:
+        content = message["content"]
+        total += len(content) if isinstance(content, str) else sum(len(part["text"]) for part in content)
+    return total
+
+
+def template_options(fields: ChatRequest, template: ChatTemplate) -> dict[str, Any]:
+    """Variables for the template: `chat_template_kwargs` and `reasoning_effort`. Raises RequestError."""
+    options = dict(fields.chat_template_kwargs or {})
+    check_template_kwargs(options)
+    if clash := sorted(_ENCODE_OPTIONS & options.keys()):
+        raise RequestError(
+            f"chat_template_kwargs must not contain {', '.join(clash)}.", param="chat_template_kwargs"
+        )
+    effort = fields.reasoning_effort
+    if effort is None:
+        return options
+    if effort not in REASONING_EFFORTS:
+        raise RequestError(
+            f"reasoning_effort must be one of {', '.join(REASONING_EFFORTS)}; got {shorten(effort)!r}.",
+            param="reasoning_effort",
+        )
+    if template.reads_variable("reasoning_effort"):
+        options.setdefault("reasoning_effort", effort)
+        return options
+    switches = [name for name in _THINKING_SWITCHES if template.reads_variable(name)]
+    if switches:
+        raise RequestError(
+            f"This model's chat template has no reasoning_effort; set chat_template_kwargs.{switches[0]}.",
+            param="reasoning_effort",
+            code="unsupported_parameter",
+        )
+    if effort != "none":
+        raise RequestError(
+            'This model\'s chat template has no reasoning_effort; leave it out (or send null or "none").',
+            param="reasoning_effort",
+            code="unsupported_parameter",
+        )
+    return options
 
 
 def _num_logprobs(fields: ChatRequest) -> int | None:
@@ -129,6 +195,10 @@ def checked_messages(messages: list[ChatMessage]) -> list[dict[str, Any]]:
     """The messages as chat templates take them. Raises RequestError naming the message and part."""
     if not messages:
         raise RequestError("messages must hold at least one message.", param="messages")
+    if len(messages) > MAX_MESSAGES:
+        raise RequestError(
+            f"messages must hold at most {MAX_MESSAGES} messages, got {len(messages)}.", param="messages"
+        )
     return [_checked(message, f"messages[{number}]") for number, message in enumerate(messages)]
 
 

@@ -8,14 +8,20 @@ are used exactly as they came.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
-import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
 from gqa_serve.api.json_guard import read_request
 from gqa_serve.api.logprobs import LegacyLogprobsWriter, join_legacy
-from gqa_serve.api.params import DEFAULT_COMPLETION_TOKENS, FieldRules, choice_count, sampling_params
+from gqa_serve.api.params import (
+    DEFAULT_COMPLETION_TOKENS,
+    FieldRules,
+    check_capacity,
+    choice_count,
+    sampling_params,
+)
 from gqa_serve.api.protocol import (
     CompletionRequest,
     LegacyLogprobs,
@@ -26,8 +32,9 @@ from gqa_serve.api.protocol import (
 )
 from gqa_serve.api.serving import Job, ServingContext, answer, fingerprint, off_loop
 from gqa_serve.api.text_stream import TextEvent
+from gqa_serve.engine.request import ModelInfo
 from gqa_serve.engine.tokenizer import Tokenizer
-from gqa_serve.errors import RequestError
+from gqa_serve.errors import ContextLengthError, RequestError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,10 +58,12 @@ class Completions:
         context = self._context
         fields, raw = await read_request(request, context.config.max_body_bytes, CompletionRequest)
         model = context.check_model(fields.model)
-        items = split_prompt(fields.prompt)
-        n = choice_count(fields, len(items))
+        num_prompts = count_prompts(fields.prompt)
+        n = choice_count(fields, num_prompts)
         self._rules.check(raw, n)
         info = context.ready_info()
+        check_capacity(info, num_prompts, n)
+        items = split_prompt(fields.prompt, info.max_model_len)
         scores_prompt = fields.echo and fields.logprobs is not None
         params = sampling_params(
             fields,
@@ -64,11 +73,8 @@ class Completions:
             prompt_logprobs=fields.logprobs if scores_prompt else None,
             vocab_size=info.vocab_size,
         )
-        if params.max_tokens == 0 and params.prompt_logprobs is None:
-            # The engine computes a prompt without generating only to score it; the scores are not shown.
-            params = msgspec.structs.replace(params, prompt_logprobs=0)
         add_special = fields.add_special_tokens is not False
-        prompts = await _encode_all(items, context.tokenizer, info.vocab_size, add_special)
+        prompts = await _encode_all(items, context.tokenizer, info, add_special)
         job = Job.new(
             "cmpl",
             model=model,
@@ -83,15 +89,22 @@ class Completions:
         return await answer(request, context, CompletionReply(context, job, prompts, fields))
 
 
-def split_prompt(prompt: Prompt) -> list[tuple[str | list[int], str]]:
+def count_prompts(prompt: Prompt) -> int:
+    """How many prompts `prompt` holds: a string or a list of ids is one, a list of those many."""
+    return 1 if isinstance(prompt, str) or not prompt or isinstance(prompt[0], int) else len(prompt)
+
+
+def split_prompt(prompt: Prompt, max_model_len: int) -> list[tuple[str | list[int], str]]:
     """`prompt` as single prompts, each with the path that names it in errors. Raises RequestError.
 
-    A string or a list of ids is one prompt; a list of strings or of lists of ids is many.
+    Lists of more than `max_model_len` ids are refused before anything is done with their members.
     """
     if isinstance(prompt, str):
         return [(prompt, "prompt")]
     if not prompt:
         raise RequestError("prompt must not be empty.", param="prompt")
+    if isinstance(prompt[0], int):
+        _check_size(prompt, max_model_len, "prompt")
     if all(isinstance(item, int) for item in prompt):
         return [([item for item in prompt if isinstance(item, int)], "prompt")]
     items: list[tuple[str | list[int], str]] = []
@@ -101,12 +114,19 @@ def split_prompt(prompt: Prompt) -> list[tuple[str | list[int], str]]:
                 "prompt must be a string, a list of strings, a list of token ids or a list of such lists.",
                 param="prompt",
             )
+        if isinstance(item, list):
+            _check_size(item, max_model_len, f"prompt[{number}]")
         items.append((item, f"prompt[{number}]"))
     return items
 
 
+def _check_size(ids: Sequence[object], max_model_len: int, param: str) -> None:
+    if len(ids) > max_model_len:
+        raise ContextLengthError(len(ids), max_model_len, param=param)
+
+
 async def _encode_all(
-    items: list[tuple[str | list[int], str]], tokenizer: Tokenizer, vocab_size: int, add_special_tokens: bool
+    items: list[tuple[str | list[int], str]], tokenizer: Tokenizer, info: ModelInfo, add_special_tokens: bool
 ) -> list[PromptInput]:
     """Every prompt as token ids, none empty, each id in the vocabulary. Raises RequestError."""
 
@@ -114,11 +134,12 @@ async def _encode_all(
         prompts = []
         for item, param in items:
             if isinstance(item, str):
+                tokenizer.check_length(len(item), info.max_model_len, param=param)
                 ids = tokenizer.encode(item, add_special_tokens=add_special_tokens, parse_special=True)
                 prompts.append(PromptInput(ids, item, param))
             else:
                 prompts.append(PromptInput(item, None, param))
-                _check_ids(item, vocab_size, param)
+                _check_ids(item, info.vocab_size, param)
             if not prompts[-1].ids:
                 raise RequestError(
                     "The prompt has no tokens, and this model adds none by itself; send some text.",

@@ -1,7 +1,8 @@
 """From the bytes of a request body to a typed request, refusing what no client means to send.
 
 Owns the body size limit and the JSON rules: UTF-8, one object, at most `MAX_DEPTH` levels, no NaN, Infinity,
-overflowing numbers or lone surrogates (msgspec's decoder enforces the last three; this module words them).
+numbers of absurd size or lone surrogates, in unknown fields neither (msgspec's decoder enforces most of that
+where it decodes; this module looks at the rest, and words the errors).
 Knows field types only through the msgspec struct it is given. Invariant: any input ends in a value of that
 struct or in a RequestError whose `param` is the path of the offending field.
 """
@@ -26,7 +27,14 @@ RawFields = dict[str, msgspec.Raw]
 
 _STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"')
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
-_LONE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_ESCAPE = re.compile(  # a surrogate pair, a lone surrogate (captured), or any other escape
+    rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(u[dD][89a-fA-F][0-9a-fA-F]{2})|.)",
+    re.DOTALL,
+)
+# Numbers beyond 64-bit floats have this many digits or an exponent. The look-behind keeps the search linear.
+_MAX_DIGITS = 308
+_LONG_NUMBER = re.compile(rb"(?<!\d)\d{%d}" % (_MAX_DIGITS + 1))
+_SUSPICIOUS_NUMBER = re.compile(rb"(?<!\d)\d{%d}|\d[eE]" % (_MAX_DIGITS + 1))
 _WHERE = re.compile(r"^(?P<what>.*?)(?: - at (?:`key` in )?`\$\.?(?P<path>.*)`)?$", re.DOTALL)
 _MISSING = re.compile(r"missing required field `([^`]*)`")
 
@@ -67,21 +75,51 @@ def decode_body(body: bytes, type: type[T]) -> tuple[T, RawFields]:
         raw = msgspec.json.decode(body, type=RawFields)
         if _deeper_than(body, MAX_DEPTH):
             raise too_deep
-        return msgspec.json.decode(body, type=type), raw
+        fields = msgspec.json.decode(body, type=type)
     except RecursionError as error:
         raise too_deep from error
     except msgspec.ValidationError as error:
         raise _validation_error(str(error)) from error
     except msgspec.DecodeError as error:
         raise _syntax_error(str(error), body) from error
+    _check_numbers(body, raw)
+    return fields, raw
+
+
+def _check_numbers(body: bytes, raw: RawFields) -> None:
+    """Raises RequestError for numbers that no 64-bit float can hold, in fields that nobody decodes too."""
+    if _numbers_fit(body):
+        return
+    name = next((name for name, value in raw.items() if not _numbers_fit(bytes(value))), None)
+    raise _number_error(name)
+
+
+def _numbers_fit(data: bytes) -> bool:
+    """Whether well-formed JSON has only numbers of at most 308 digits that do not overflow."""
+    if not _SUSPICIOUS_NUMBER.search(data):
+        return True
+    plain = _STRING.sub(b'""', data)
+    if _LONG_NUMBER.search(plain):
+        return False
+    if _SUSPICIOUS_NUMBER.search(plain):
+        try:
+            msgspec.json.decode(plain)
+        except msgspec.DecodeError:  # nothing but a number can be wrong with it
+            return False
+    return True
+
+
+def _number_error(name: str | None) -> RequestError:
+    where = "The request body" if name is None else shorten(name, 200)
+    return RequestError(f"{where} holds a number that is too large.", param=name)
 
 
 def decode_field(name: str, raw: msgspec.Raw) -> object:
     """One raw field as plain Python values. Raises RequestError naming it."""
     try:
         value: object = msgspec.json.decode(raw)
-    except msgspec.DecodeError as error:
-        raise RequestError(f"{name}: {error}.", param=name) from error
+    except msgspec.DecodeError as error:  # of well-formed JSON, only numbers can fail to be Python values
+        raise _number_error(name) from error
     return value
 
 
@@ -108,6 +146,7 @@ def _validation_error(text: str) -> RequestError:
     if missing := _MISSING.search(what):
         param = f"{path}.{missing[1]}" if path else missing[1]
         return RequestError(f"Missing required field: {shorten(param, 200)}.", param=param)
+    path = path.partition("[...]")[0]  # msgspec's word for a key it does not name
     what = what.replace("`str", "`string").replace("| str", "| string")
     if not path:
         return RequestError(f"The request body must be a JSON object: {what[:1].lower() + what[1:]}.")
@@ -116,9 +155,13 @@ def _validation_error(text: str) -> RequestError:
 
 def _syntax_error(text: str, body: bytes) -> RequestError:
     reason = text.removeprefix("JSON is malformed: ")
+    if any(match[1] for match in _ESCAPE.finditer(body)):
+        return RequestError(
+            "The request body holds a lone surrogate, which is not valid Unicode: an escape such as \\ud800 "
+            "must be one half of a pair.",
+            code="invalid_json",
+        )
     hint = ""
-    if _LONE_SURROGATE.search(body) and ("surrogate" in reason or "escape" in reason or "trunc" in reason):
-        hint = " An escaped surrogate such as \\ud800 must be one half of a pair."
-    elif re.search(rb"[:,\[]\s*-?(NaN|Infinity)", body):
+    if re.search(rb"[:,\[]\s*-?(NaN|Infinity)", body):
         hint = " NaN and Infinity are not JSON."
     return RequestError(f"The request body is not valid JSON: {reason}.{hint}", code="invalid_json")

@@ -16,11 +16,12 @@ import msgspec
 from gqa_serve.api.errors import shorten
 from gqa_serve.api.json_guard import RawFields, decode_field
 from gqa_serve.api.protocol import ChatRequest, CompletionRequest, SamplingFields
-from gqa_serve.engine.request import MAX_LOGPROBS, SamplingParams, sampling_defaults
+from gqa_serve.engine.request import MAX_LOGPROBS, ModelInfo, SamplingParams, sampling_defaults
 from gqa_serve.errors import RequestError
 
 MAX_CHOICES = 1024  # prompts times n; more is a mistake, and each choice is a request to the engine
 MAX_WARNED_FIELDS = 64
+MAX_HARMLESS_BYTES = 256  # of a refused field's JSON: none of the harmless values is longer
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, for /v1/completions only
 
 # Accepted because they ask for nothing this server could do otherwise: it stores nothing, has one service
@@ -100,9 +101,9 @@ class FieldRules:
         """Raises RequestError for a field that promises something this server does not do."""
         for name, value in raw.items():
             if name in self._refused:
-                self._refuse(name, decode_field(name, value))
+                self._refuse(name, _small_value(name, value))
             elif name == "best_of":
-                best_of = decode_field(name, value)
+                best_of = _small_value(name, value)
                 if best_of is not None and best_of != n:
                     raise RequestError("best_of must equal n: this server ranks no choices.", param=name)
             elif name not in self._known:
@@ -126,6 +127,11 @@ class FieldRules:
         logger.warning("Ignoring unknown request field %r.", shorten(name))
 
 
+def _small_value(name: str, raw: msgspec.Raw) -> object:
+    """The field's value, or a stand-in equal to nothing if it is too large to be any of those looked for."""
+    return decode_field(name, raw) if memoryview(raw).nbytes <= MAX_HARMLESS_BYTES else object()
+
+
 def choice_count(fields: SamplingFields, num_prompts: int = 1) -> int:
     """`n`, checked against its range and against `MAX_CHOICES` over all prompts. Raises RequestError."""
     n = 1 if fields.n is None else fields.n
@@ -137,6 +143,17 @@ def choice_count(fields: SamplingFields, num_prompts: int = 1) -> int:
             param="prompt",
         )
     return n
+
+
+def check_capacity(info: ModelInfo, num_prompts: int, n: int) -> None:
+    """Raises RequestError for more choices than the engine takes when it is idle: waiting cannot help."""
+    limit = info.max_num_seqs + info.max_waiting
+    if num_prompts * n > limit:
+        asked = f"n={n}" if num_prompts == 1 else f"{num_prompts} prompts with n={n}"
+        raise RequestError(
+            f"{asked} is more than the {limit} choices this server can hold at once. Ask for fewer.",
+            param="n" if n > 1 else "prompt",
+        )
 
 
 def sampling_params(
@@ -157,6 +174,8 @@ def sampling_params(
     max_tokens: int | None = getattr(fields, limit_name)
     if max_tokens is not None and max_tokens < 0:
         raise RequestError(f"{limit_name} must not be negative, got {max_tokens}.", param=limit_name)
+    if fields.top_k is not None and fields.top_k < -1:
+        raise RequestError(f"top_k must be -1 (off) or at least 0, got {fields.top_k}.", param="top_k")
     values = sampling_defaults(generation_config)
     for name in SamplingParams.__struct_fields__:
         value = getattr(fields, name, None)

@@ -14,6 +14,7 @@ import hashlib
 import logging
 import time
 import uuid
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -27,17 +28,20 @@ from starlette.types import Receive, Scope, Send
 
 from gqa_serve import __version__
 from gqa_serve.api.errors import error_json, shorten
-from gqa_serve.api.protocol import PromptTokensDetails, SamplingFields, Usage
+from gqa_serve.api.http_protocol import abort_connection
+from gqa_serve.api.protocol import ChatRequest, PromptTokensDetails, SamplingFields, Usage
 from gqa_serve.api.text_stream import Choice, Generation, TextEvent, TokenStream
 from gqa_serve.engine.chat_template import ChatTemplate
 from gqa_serve.engine.detokenizer import TextAssembler
 from gqa_serve.engine.request import EngineRequest, ModelInfo, SamplingParams
+from gqa_serve.engine.stop_strings import StopStrings
 from gqa_serve.engine.tokenizer import Tokenizer
 from gqa_serve.errors import EngineUnavailableError, NotFoundError, RequestError
 
 PING_INTERVAL_S = 15  # proxies cut idle connections after 60
 FIRST_TOKEN_PATIENCE_S = 15.0  # then the stream starts without one, so that pings can keep it alive
 SEND_TIMEOUT_S = 60.0  # a client that reads nothing for so long is gone
+SHUTDOWN_MARGIN_S = 2.0  # after the drain timeout, for the errors that end what is left
 LARGE_TEXT_CHARS = 16 * 1024  # above this, tokenizing and templates move to a worker thread
 
 logger = logging.getLogger(__name__)
@@ -140,8 +144,17 @@ class Job:
         """A job with a fresh id that starts with `prefix`."""
         return cls(id=f"{prefix}-{uuid.uuid4().hex}", created=int(time.time()), **values)
 
+    @property
+    def kind(self) -> str:
+        """What the log calls it."""
+        return "chat" if isinstance(self.fields, ChatRequest) else "completion"
+
     def engine_requests(self) -> list[EngineRequest]:
-        """One per choice; those of one prompt form a group, which shares the prompt's blocks."""
+        """One per choice; those of one prompt form a group, which shares the prompt's blocks.
+
+        Stop strings stay here: the engine never reads text.
+        """
+        silent = [msgspec.structs.replace(params, stop=[]) for params in self.params]
         return [
             EngineRequest(
                 request_id=f"{self.id}-{number * self.n + choice}",
@@ -151,7 +164,7 @@ class Job:
                 group=f"{self.id}-{number}" if self.n > 1 else None,
                 cache_salt=self.fields.cache_salt,
             )
-            for number, (prompt, params) in enumerate(zip(self.prompts, self.params, strict=True))
+            for number, (prompt, params) in enumerate(zip(self.prompts, silent, strict=True))
             for choice in range(self.n)
         ]
 
@@ -181,13 +194,18 @@ class Reply(Protocol):
         """The answer of a request that does not stream."""
 
 
-def submit(context: ServingContext, job: Job) -> Generation:
-    """Hand every choice to the engine; all or none. Raises QueueFullError, EngineUnavailableError."""
+def submit(context: ServingContext, job: Job, stops: StopStrings) -> Generation:
+    """Hand every choice to the engine; all or none. `stops` is the job's `stop`, compiled.
+
+    Raises QueueFullError, EngineUnavailableError.
+    """
     choices: list[Choice] = []
     try:
         for index, request in enumerate(job.engine_requests()):
             stream = context.engine.submit(request)
-            assembler = TextAssembler(context.tokenizer, request.params, request.prompt)
+            assembler = TextAssembler(
+                context.tokenizer, job.params[index // job.n], request.prompt, stops=stops
+            )
             choices.append(Choice(index, request, stream, assembler))
     except BaseException:
         for choice in choices:
@@ -198,7 +216,9 @@ def submit(context: ServingContext, job: Job) -> Generation:
 
 async def answer(request: Request, context: ServingContext, reply: Reply) -> Response:
     """Run the job and answer the request, as a stream if it asked for one. Raises RequestError."""
-    generation = submit(context, reply.job)
+    stop = reply.job.params[0].stop  # the same for all prompts
+    stops = await off_loop(sum(map(len, stop)), lambda: StopStrings(stop))
+    generation = submit(context, reply.job, stops)
     headers = {"x-request-id": reply.job.id}
     streaming = False
     try:
@@ -212,7 +232,26 @@ async def answer(request: Request, context: ServingContext, reply: Reply) -> Res
         return response
     finally:
         if not streaming:
-            generation.abort()
+            end(reply.job, generation)
+
+
+def end(job: Job, generation: Generation) -> None:
+    """Abort what is still running, and log the one line each request leaves; never its text."""
+    generation.abort()
+    usage = job.usage(generation)
+    # An answer without a reason was cut off by its client, or by the failure of another choice.
+    reasons = Counter(choice.finish_reason or "cancelled" for choice in generation.choices)
+    logger.info(
+        "%s %s%s prompt=%d cached=%d output=%d finish=%s %.2fs",
+        job.id,
+        job.kind,
+        " stream" if job.fields.stream else "",
+        usage.prompt_tokens,
+        usage.prompt_tokens_details.cached_tokens,
+        usage.completion_tokens,
+        ",".join(name if count == 1 else f"{name}:{count}" for name, count in sorted(reasons.items())),
+        time.monotonic() - generation.started,
+    )
 
 
 async def unless_gone(request: Request, work: Awaitable[T]) -> T:
@@ -242,6 +281,7 @@ class GenerationResponse(EventSourceResponse):
         self, generation: Generation, reply: Reply, headers: dict[str, str], drain_timeout_s: float
     ) -> None:
         self._generation = generation
+        self._job = reply.job
         super().__init__(
             sse_events(generation, reply),
             headers={"Cache-Control": "no-cache", **headers},
@@ -249,8 +289,8 @@ class GenerationResponse(EventSourceResponse):
             ping_message_factory=lambda: ServerSentEvent(comment="keep-alive", sep="\n"),
             sep="\n",
             send_timeout=SEND_TIMEOUT_S,
-            # A stopping server lets streams finish, as it does other requests.
-            shutdown_grace_period=drain_timeout_s,
+            # A stopping server lets streams finish, as it does other requests, then ends them with an error.
+            shutdown_grace_period=drain_timeout_s + SHUTDOWN_MARGIN_S,
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -258,8 +298,10 @@ class GenerationResponse(EventSourceResponse):
             await super().__call__(scope, receive, send)
         except SendTimeoutError:
             logger.warning("A client read nothing for %g s; its stream was ended.", SEND_TIMEOUT_S)
+            self._generation.abort()
+            await abort_connection(scope, receive)
         finally:
-            self._generation.abort()  # the iterator's own finally never runs if it was never started
+            end(self._job, self._generation)  # the iterator's own finally never runs if it was never started
 
 
 async def sse_events(generation: Generation, reply: Reply) -> AsyncIterator[bytes]:

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from gqa_serve import __version__
 from gqa_serve.api.protocol import ModelCard, ModelList
 from gqa_serve.api.serving import ServingContext
-from gqa_serve.errors import EngineUnavailableError
+from gqa_serve.errors import EngineUnavailableError, NotFoundError
 
 _ALIVE = ("ready", "stopping")
 
@@ -43,12 +43,23 @@ class System:
         return _json({"version": __version__})
 
     async def models(self, request: Request) -> Response:
-        """Every name clients may use."""
+        """Every name clients may use. Raises EngineUnavailableError while there is none yet.
+
+        A 503 makes clients try again; an empty list would tell them that nothing is served here.
+        """
+        if not self._context.model_names:
+            self._context.ready_info()
         return _json(ModelList([self._card(name) for name in self._context.model_names]))
 
     async def model(self, request: Request) -> Response:
         """One name; ids may hold slashes. Raises NotFoundError."""
-        return _json(self._card(self._context.check_model(request.path_params["id"])))
+        name = request.path_params["id"]
+        if not name:
+            raise NotFoundError(
+                "GET /v1/models/ needs a model's id after the slash; GET /v1/models lists them.",
+                code="unknown_url",
+            )
+        return _json(self._card(self._context.check_model(name)))
 
     def _card(self, name: str) -> ModelCard:
         info = self._context.engine.model_info

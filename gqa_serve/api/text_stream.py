@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
@@ -69,6 +70,8 @@ class Choice:
         self.assembler = assembler
         self.num_tokens = 0
         self.num_cached_tokens = 0
+        self.finish_reason: str | None = None
+        """Also "abort" and "error"; None while the engine works (or if the client left before the end)."""
 
 
 class Generation:
@@ -76,6 +79,7 @@ class Generation:
 
     def __init__(self, choices: Sequence[Choice]) -> None:
         self.choices = list(choices)
+        self.started = time.monotonic()
         self._buffer: list[TextEvent] = []
         self._error: Exception | None = None
         self._wakeup = asyncio.Event()
@@ -103,10 +107,13 @@ class Generation:
     @staticmethod
     def _event(choice: Choice, output: TokenOutput, is_first: bool) -> TextEvent:
         delta = choice.assembler.feed(output)
+        choice.finish_reason = delta.finish_reason
         if delta.finish_reason == "error":
             raise EngineStepError(delta.error or "The engine failed while computing this answer.")
         if delta.finish_reason == "abort":
-            raise EngineUnavailableError("The server stopped this answer before it was complete.")
+            raise EngineUnavailableError(
+                delta.error or "The server stopped this answer before it was complete."
+            )
         choice.num_tokens += len(delta.token_ids)  # the stop token included, tokens after a stop string not
         choice.num_cached_tokens = max(choice.num_cached_tokens, output.num_cached_tokens)
         return TextEvent(

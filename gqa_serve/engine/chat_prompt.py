@@ -21,20 +21,26 @@ def encode_chat(
     tokenizer: Tokenizer,
     template: ChatTemplate,
     messages: Sequence[Mapping[str, Any]],
+    /,
     *,
     add_special_tokens: bool = False,
+    max_model_len: int | None = None,
     **options: Any,
 ) -> list[int]:
     """Token ids of `messages` as `template` renders them; `options` are those of `ChatTemplate.render`.
 
-    `add_special_tokens` adds the tokenizer's own (a BOS, usually) to what the template wrote. Raises
-    RequestError if a message or the template's verdict on them makes that impossible.
+    `add_special_tokens` adds the tokenizer's own (a BOS, usually) to what the template wrote. With
+    `max_model_len` a rendered text that cannot fit is refused before it is tokenized. Raises RequestError if
+    a message or the template's verdict on them makes that impossible.
     """
     literal = _Literals(tokenizer.special_texts)
     prepared = [literal.hide(message) for message in normalise_messages(messages, template)]
     text = template.render(prepared, **options)
+    parts = literal.split(text)
+    if max_model_len is not None:
+        tokenizer.check_length(sum(len(part) for part, _ in parts), max_model_len, param="messages")
     ids: list[int] = []
-    for number, (part, is_literal) in enumerate(literal.split(text)):
+    for number, (part, is_literal) in enumerate(parts):
         add = add_special_tokens and number == 0
         ids += tokenizer.encode(part, add_special_tokens=add, parse_special=not is_literal)
     return ids

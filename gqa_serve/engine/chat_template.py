@@ -20,6 +20,7 @@ from functools import cached_property
 from typing import Any
 
 import jinja2
+import jinja2.meta
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
@@ -192,6 +193,15 @@ class ChatTemplate:
         return any(
             constant.value == "developer" for tree in parsed for constant in tree.find_all(nodes.Const)
         )
+
+    def reads_variable(self, name: str) -> bool:
+        """Whether setting `name` in a request can change anything: the template (or its variant) reads it."""
+        return name in self._variables
+
+    @cached_property
+    def _variables(self) -> frozenset[str]:
+        parsed = [self._environment.parse(source) for source in self._sources]
+        return frozenset().union(*map(jinja2.meta.find_undeclared_variables, parsed))
 
 
 def check_template_kwargs(kwargs: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import msgspec
 
 from gqa_serve.engine.request import FinishReason, SamplingParams, TokenLogprobs, TokenOutput
-from gqa_serve.engine.stop_strings import StopMatcher
+from gqa_serve.engine.stop_strings import StopMatcher, StopStrings
 from gqa_serve.engine.token_pieces import incomplete_suffix
 from gqa_serve.engine.tokenizer import Tokenizer
 
@@ -120,16 +120,25 @@ class TextAssembler:
 
     If a delta has a finish_reason though its output had none, a stop string matched: the caller aborts the
     request in the engine and feeds nothing more. `prompt_ids` makes the text a continuation of the prompt
-    (see IncrementalDetokenizer).
+    (see IncrementalDetokenizer). `stops` is `params.stop` compiled, for callers with several choices.
     """
 
-    def __init__(self, tokenizer: Tokenizer, params: SamplingParams, prompt_ids: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        params: SamplingParams,
+        prompt_ids: Sequence[int] = (),
+        *,
+        stops: StopStrings | None = None,
+    ) -> None:
         self._params = params
         self._special_ids = tokenizer.special_ids
         self._detokenizer = IncrementalDetokenizer(
             tokenizer, skip_special_tokens=params.skip_special_tokens, prompt_ids=prompt_ids
         )
-        self._stops = StopMatcher(params.stop, include=params.include_stop_str_in_output)
+        self._stops = StopMatcher(
+            StopStrings(params.stop) if stops is None else stops, include=params.include_stop_str_in_output
+        )
         self._num_generated = 0
         self._finished = False
 

@@ -19,6 +19,7 @@ import uvicorn
 from tokenizers import decoders, pre_tokenizers
 
 from gqa_serve.api.app import create_app
+from gqa_serve.api.http_protocol import HttpProtocol
 from gqa_serve.config import ServerConfig
 from gqa_serve.engine.chat_template import ChatTemplate
 from gqa_serve.engine.request import EngineRequest, FinishReason, ModelInfo, TokenLogprobs, TokenOutput
@@ -62,6 +63,7 @@ def fake_info(**changes: object) -> ModelInfo:
         "device": "cpu",
         "backend": "reference",
         "max_num_seqs": 8,
+        "max_waiting": 1016,
     }
     return ModelInfo(**{**values, **changes})  # type: ignore[arg-type]
 
@@ -227,14 +229,16 @@ class Server:
 
 
 @contextmanager
-def serving(engine: FakeEngine, **settings: object) -> Iterator[Server]:
+def serving(engine: FakeEngine, *, template: str = TEMPLATE, **settings: object) -> Iterator[Server]:
     """Run the real application in uvicorn in a thread, on a free port."""
     tokenizer = fake_tokenizer()
     config = ServerConfig(**{"served_model_name": (MODEL, "alias"), **settings})  # type: ignore[arg-type]
-    app = create_app(engine, tokenizer, ChatTemplate(TEMPLATE), config)  # type: ignore[arg-type]
+    app = create_app(engine, tokenizer, ChatTemplate(template), config)  # type: ignore[arg-type]
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(
-        uvicorn.Config(app, log_level="critical", ws="none", lifespan="off", timeout_graceful_shutdown=5)
+        uvicorn.Config(
+            app, log_config=None, ws="none", lifespan="off", http=HttpProtocol, timeout_graceful_shutdown=5
+        )
     )
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()

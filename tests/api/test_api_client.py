@@ -349,7 +349,8 @@ def test_sampling_fields_reach_the_engine(client: openai.OpenAI, engine: FakeEng
     params = request.params
     assert (params.temperature, params.top_p, params.top_k, params.min_p) == (0.25, 0.5, 0, 0.125)
     assert (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) == (1.5, 1, -1)
-    assert (params.logit_bias, params.seed, params.stop, params.stop_token_ids) == ({7: 3.0}, 11, ["x"], [3])
+    assert (params.logit_bias, params.seed, params.stop_token_ids) == ({7: 3.0}, 11, [3])
+    assert params.stop == []  # text is not the engine's business
     assert params.include_stop_str_in_output
     assert params.ignore_eos
     assert not params.skip_special_tokens

@@ -9,7 +9,7 @@ import threading
 from typing import Any
 
 import pytest
-from fake_engine import MODEL, FakeEngine, Script, Server, serving, wait_until
+from fake_engine import MODEL, FakeEngine, Script, Server, fake_info, serving, wait_until
 
 from gqa_serve import __version__
 from gqa_serve.engine.tokenizer import Tokenizer
@@ -321,14 +321,35 @@ def test_nesting_within_the_limit_and_brackets_in_strings(server: Server) -> Non
         ('"temperature": ' + "9" * 5000, "temperature"),
         ('"temperature": 1e400', "temperature"),
         ('"chat_template_kwargs": {"a": ' + "9" * 5000 + "}", "chat_template_kwargs"),
-        ('"stop_token_ids": [' + "9" * 400 + "]", "stop_token_ids[0]"),
+        ('"stop_token_ids": [' + "9" * 300 + "]", "stop_token_ids[0]"),
+        ('"stop_token_ids": [' + "9" * 5000 + "]", "stop_token_ids[0]"),
+        ('"chat_template_kwargs": {"a": {"b": [1e999]}}', "chat_template_kwargs"),
+        # Where nobody would decode them: no-ops, refused and unknown fields.
+        ('"user": ' + "9" * 5000, "user"),
+        ('"user": ' + "9" * 400, "user"),
+        ('"metadata": {"a": [-1e999]}', "metadata"),
+        ('"unknown": 1E+309', "unknown"),
+        ('"unknown": ' + "9" * 250 + "e100", "unknown"),
+        ('"unknown": 1e999, "unknown": 1', ""),
+        ('"tools": [' + "9" * 5000 + "]", "tools"),
+        ('"best_of": ' + "9" * 5000, "best_of"),
+        ('"messages": [{"role": "user", "content": "x", "extra": 1e999}]', "messages"),
     ],
 )
 def test_absurd_numbers(server: Server, raw: str, param: str) -> None:
     body = json.dumps(HI)[:-1] + ", " + raw + "}"
     reply = send(server, post(CHAT, body.encode()))
     assert reply.status == 400
-    assert (reply.error["param"] or "").startswith(param)
+    assert (reply.error["param"] or "") == param
+    assert len(reply.error["message"]) < 200
+    assert "$" not in reply.error["message"]
+
+
+@pytest.mark.parametrize(
+    "raw", ['"user": "' + "9" * 5000 + ' 1e999"', '"unknown": [1e308, 0e9, 12e-999]', '"seed": 123']
+)
+def test_numbers_that_are_fine(server: Server, raw: str) -> None:
+    assert send(server, post(CHAT, (json.dumps(HI)[:-1] + ", " + raw + "}").encode())).status == 200
 
 
 def test_duplicated_keys_take_the_last(server: Server, engine: FakeEngine) -> None:
@@ -455,7 +476,9 @@ def test_chat_fields_refused(server: Server, engine: FakeEngine, fields: dict[st
         ({"prompt": [True]}, "prompt[0]"),
         ({"prompt": [258]}, "prompt"),
         ({"prompt": [-1]}, "prompt"),
-        ({"prompt": [[1], [10**400]]}, "prompt[1]"),
+        ({"prompt": [[1], [10**300]]}, "prompt[1]"),
+        ({"prompt": [[1], [10**400]]}, "prompt"),
+        ({"prompt": [258] * 600}, "prompt"),
         ({"prompt": ["a"] * 513, "n": 2}, "prompt"),
         ({"logprobs": 21}, "logprobs"),
         ({"logprobs": -1}, "logprobs"),
@@ -629,6 +652,7 @@ def test_a_long_prompt_does_not_hold_up_others(path: str, monkeypatch: pytest.Mo
     body = {"model": MODEL, "prompt": text, "messages": [{"role": "user", "content": text}]}
     del body["messages" if path == TEXT else "prompt"]
     with serving(FakeEngine()) as server, server.connect() as connection:
+        server.engine.model_info = fake_info(max_model_len=4096)
         connection.sendall(post(path, json.dumps(body).encode()))
         try:
             assert send(server, get("/health")).status == 200
@@ -643,4 +667,6 @@ def test_the_model_name_defaults_to_the_engines() -> None:
         assert json.loads(chat(server).body)["model"] == MODEL
         server.engine.state, server.engine.model_info = "loading", None
         assert chat(server).status == 503
-        assert json.loads(send(server, get("/v1/models")).body) == {"data": [], "object": "list"}
+        reply = send(server, get("/v1/models"))
+        assert (reply.status, reply.error["code"]) == (503, "engine_unavailable")
+        assert int(reply.headers["retry-after"]) > 0

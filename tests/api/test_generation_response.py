@@ -16,6 +16,7 @@ from gqa_serve.api.chat import ChatReply
 from gqa_serve.api.protocol import ChatRequest
 from gqa_serve.api.serving import GenerationResponse, Job, fingerprint, submit
 from gqa_serve.engine.request import SamplingParams
+from gqa_serve.engine.stop_strings import StopStrings
 
 TOKENIZER = fake_tokenizer()
 SCOPE = {"type": "http", "method": "POST", "path": "/", "headers": []}
@@ -40,7 +41,7 @@ def respond(
             params=[SamplingParams(max_tokens=99)],
             n=1,
         )
-        generation = submit(context, job)
+        generation = submit(context, job, StopStrings([]))
         response = GenerationResponse(generation, ChatReply(context, job, None), {}, drain_timeout_s)
         await asyncio.wait_for(response(dict(SCOPE), receive, send), 20)  # type: ignore[arg-type]
 
@@ -99,6 +100,7 @@ def test_a_stopping_server_lets_streams_finish(
     monkeypatch: pytest.MonkeyPatch, drain_timeout_s: float, end: str
 ) -> None:
     stopping = types.SimpleNamespace(should_exit=True)
+    monkeypatch.setattr(module, "SHUTDOWN_MARGIN_S", 0.0)
     monkeypatch.setattr("sse_starlette.sse._get_uvicorn_server", lambda: stopping)
     engine = FakeEngine(lambda request: Script(["a", "b"], hold_at=1))
     sent = b""

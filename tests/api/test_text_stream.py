@@ -118,6 +118,18 @@ def test_odd_ends_reach_the_consumer(script: Script, error: type[Exception]) -> 
     assert engine.streams[0].aborts >= 1
 
 
+def test_an_abort_says_what_the_engine_says() -> None:
+    engine = FakeEngine(lambda request: Script(["a"], finish="abort", error="The server is stopping."))
+
+    async def test() -> None:
+        generation = start(engine)
+        with pytest.raises(EngineUnavailableError, match=r"^The server is stopping\.$"):
+            await generation.collect()
+        assert generation.choices[0].finish_reason == "abort"
+
+    run(test)
+
+
 def test_first_event_gives_up_waiting_without_harm() -> None:
     engine = FakeEngine(lambda request: Script(["a"], hold_at=0))
 

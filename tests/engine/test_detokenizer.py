@@ -19,7 +19,7 @@ from tokenizer_cases import (
 
 from gqa_serve.engine.detokenizer import IncrementalDetokenizer, TextAssembler, TextDelta
 from gqa_serve.engine.request import SamplingParams, TokenLogprobs, TokenOutput
-from gqa_serve.engine.stop_strings import StopMatcher
+from gqa_serve.engine.stop_strings import StopMatcher, StopStrings
 from gqa_serve.engine.token_pieces import incomplete_suffix
 from gqa_serve.engine.tokenizer import Tokenizer
 
@@ -154,7 +154,7 @@ def longest_held(text: str, stops: Sequence[str]) -> int:
 )
 @settings(max_examples=400)
 def test_stops_are_found_and_held_exactly(pieces: list[str], stops: list[str], include: bool) -> None:
-    matcher = StopMatcher(stops, include=include)
+    matcher = StopMatcher(StopStrings(stops), include=include)
     shown = seen = ""
     matched = None
     for piece in pieces:
@@ -170,7 +170,7 @@ def test_stops_are_found_and_held_exactly(pieces: list[str], stops: list[str], i
 
 
 def test_a_stop_ignored_while_disabled_may_begin_there() -> None:
-    matcher = StopMatcher(["ab", "bcd"])
+    matcher = StopMatcher(StopStrings(["ab", "bcd"]))
     assert matcher.feed("xab", enabled=False) == ("xa", None)
     assert matcher.held == "b"
     assert matcher.feed("c") == ("", None)
@@ -179,14 +179,29 @@ def test_a_stop_ignored_while_disabled_may_begin_there() -> None:
 
 def test_sixty_four_stops_over_a_long_text_stay_cheap() -> None:
     stops = ["a" * 500 + chr(0x4E00 + index) for index in range(64)]
-    matcher = StopMatcher(stops)
+    matcher = StopMatcher(StopStrings(stops))
     steps = sum(len(matcher.feed("a")[0]) for _ in range(20_000))
     assert steps == 20_000 - 500
     assert len(matcher.held) == 500
     assert matcher.feed(chr(0x4E00 + 63)) == ("", stops[63])
 
 
+def test_matchers_share_an_automaton_without_sharing_state() -> None:
+    stops = StopStrings(["END"])
+    first, second = StopMatcher(stops), StopMatcher(stops)
+    assert first.feed("xEN") == ("x", None)
+    assert second.feed("DEN") == ("D", None)
+    assert first.feed("D") == ("", "END")
+    assert second.flush() == "EN"
+
+
 # TextAssembler
+
+
+def test_an_assembler_uses_the_compiled_stops_it_is_given() -> None:
+    assembler = TextAssembler(small_bpe("gpt-2"), SamplingParams(), stops=StopStrings(["b"]))
+    delta = assembler.feed(output(small_bpe("gpt-2").encode("abc", add_special_tokens=False)))
+    assert (delta.text, delta.stop_reason) == ("a", "b")
 
 
 def output(ids: Sequence[int], **fields: object) -> TokenOutput:

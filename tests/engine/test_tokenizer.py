@@ -25,7 +25,7 @@ from tokenizer_cases import (
 from tokenizers import decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from gqa_serve.engine.tokenizer import Tokenizer, load_tokenizer
+from gqa_serve.engine.tokenizer import LONG_TEXT_CHARS, Tokenizer, load_tokenizer
 from gqa_serve.errors import ModelError, RequestError, UnsupportedModelError
 
 
@@ -230,3 +230,39 @@ def test_decoders_that_cannot_be_streamed_exactly_are_refused(decoder: Any) -> N
         backend.decoder = decoder
     with pytest.raises(UnsupportedModelError, match="decoder"):
         Tokenizer(backend)
+
+
+class BatchOnly:
+    """A tokenizers.Tokenizer whose `encode` must not be called."""
+
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        self.encode_batch_fast = backend.encode_batch_fast
+
+
+@pytest.mark.parametrize("name", sorted(many_tokenizers()))
+def test_long_texts_take_the_call_that_frees_the_lock_and_get_the_same_ids(name: str) -> None:
+    tokenizer = many_tokenizers()[name]
+    special = "".join(tokenizer.special_texts[:2])
+    text = (special + " ".join(HARD_TEXTS)) * (LONG_TEXT_CHARS // len(special + " ".join(HARD_TEXTS)) + 2)
+    for parse_special, attribute in ((True, "_backend"), (False, "_literal")):
+        backend = getattr(tokenizer, attribute)
+        for add in (True, False):
+            expected = backend.encode(text, add_special_tokens=add).ids
+            setattr(tokenizer, attribute, BatchOnly(backend))
+            ids = tokenizer.encode(text, add_special_tokens=add, parse_special=parse_special)
+            setattr(tokenizer, attribute, backend)
+            assert ids == expected
+    with pytest.raises(RequestError, match="lone surrogate"):
+        tokenizer.encode("x" * LONG_TEXT_CHARS + "\ud800")
+
+
+@pytest.mark.parametrize("name", sorted(many_tokenizers()))
+def test_the_length_check_refuses_only_what_cannot_fit(name: str) -> None:
+    tokenizer = many_tokenizers()[name]
+    text = "".join(HARD_TEXTS)
+    num_tokens = len(tokenizer.encode(text, add_special_tokens=False))
+    tokenizer.check_length(len(text), num_tokens, param="prompt")
+    assert tokenizer.longest_piece >= max(len(text) for text in tokenizer.special_texts)
+    with pytest.raises(RequestError, match="at least 10001 characters") as caught:
+        tokenizer.check_length(10_001, 10_000 // tokenizer.longest_piece, param="prompt[3]")
+    assert (caught.value.param, caught.value.code) == ("prompt[3]", "context_length_exceeded")
