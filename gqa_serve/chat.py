@@ -8,7 +8,10 @@ before the question, except for the text the user has seen.
 from __future__ import annotations
 
 import contextlib
+import importlib
+import importlib.util
 import json
+import sys
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -22,6 +25,11 @@ from gqa_serve.engine.request import SamplingParams
 from gqa_serve.errors import GqaServeError
 
 Message = dict[str, str]
+
+_PROMPT = "> "
+# Bold and cyan. readline needs to know which characters take no room (between \\1 and \\2), or it draws the
+# line in the wrong place; rich's own prompt would be unknown to it and vanish when the line is redrawn.
+_EDITED_PROMPT = f"\1\33[1;36m\2{_PROMPT}\1\33[0m\2"
 
 HELP = """\
 /reset   forget the conversation (a system message stays)
@@ -133,7 +141,8 @@ class HttpSource:
                 f"No server answers at {self._base}. Start one with: gqa-serve --model demo"
             ) from error
         except (httpx2.HTTPError, httpx2.InvalidURL, ValueError) as error:
-            raise ChatError(f"Talking to {self._base} failed: {error or type(error).__name__}.") from error
+            reason = str(error).rstrip(".") or type(error).__name__
+            raise ChatError(f"Talking to {self._base} failed: {reason}.") from error
 
     def _check(self, response: httpx2.Response) -> None:
         if response.status_code == 200:
@@ -141,7 +150,9 @@ class HttpSource:
         message: object = None
         with contextlib.suppress(ValueError, LookupError, TypeError):  # not every server sends our JSON
             message = response.json()["error"]["message"]
-        raise ChatError(f"{self._base} answered {response.status_code}: {message or response.reason_phrase}")
+        cure = " Give --api-key, or set OPENAI_API_KEY." if response.status_code == 401 else ""
+        reason = f"{message or response.reason_phrase}"
+        raise ChatError(f"{self._base} answered {response.status_code}: {reason}{cure}")
 
 
 class Conversation:
@@ -240,11 +251,7 @@ def run_chat(
     if (url is None) == (llm is None):
         raise ChatError("Chat needs either --url or --model, not both.")
     console = console or Console(highlight=False)
-    if read_line is None:
-
-        def read_line() -> str:
-            return console.input(Text("> ", style="bold cyan"))
-
+    read_line = read_line or _line_reader(console)
     options = options or {}
     if url is not None:
         http = HttpSource(url, options, api_key)
@@ -254,3 +261,13 @@ def run_chat(
     elif llm is not None:
         console.print(Text("/help lists commands.", style="dim"))
         Conversation(LocalSource(llm, options), system, console, read_line).run()
+
+
+def _line_reader(console: Console) -> Callable[[], str]:
+    """Asks for a line, with arrow keys and history where this Python has readline."""
+    if console.is_terminal and sys.stdin.isatty() and importlib.util.find_spec("readline") is not None:
+        importlib.import_module("readline")  # from here on input() edits
+        if console.color_system is not None:
+            return lambda: input(_EDITED_PROMPT)
+        return lambda: input(_PROMPT)
+    return lambda: console.input(Text(_PROMPT, style="bold cyan"))

@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 from gqa_serve import __version__
-from gqa_serve.config import EngineConfig, ServerConfig, add_flags, collect
+from gqa_serve.config import (
+    ChatConfig,
+    EngineConfig,
+    ServerConfig,
+    add_flags,
+    collect,
+    did_you_mean,
+    flag_of,
+    openai_api_key,
+    short,
+)
 from gqa_serve.errors import ConfigError, GqaServeError
 
 _EPILOG = """commands: serve (default), chat; `gqa-serve COMMAND --help` has the details.
@@ -22,20 +33,52 @@ Every setting can also be GQA_SERVE_NAME in the environment or a `name: value` l
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
-    commands: dict[str, Callable[[list[str]], None]] = {"serve": _serve, "chat": _chat}
-    run = commands[words.pop(0)] if words and words[0] in commands else _serve
     try:
-        run(words)
+        _command(words)(words)
     except GqaServeError as error:
         print(f"gqa-serve: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
+    except Exception as error:  # whatever comes here was not foreseen: the traceback is what a report needs
+        traceback.print_exc()
+        print(
+            f"gqa-serve: error: {type(error).__name__}: this is a defect of gqa-serve {__version__}; please "
+            "report the lines above and the command.",
+            file=sys.stderr,
+        )
+        return 1
     return 0
 
 
-def _parser(prog: str, description: str, **options: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _command(words: list[str]) -> Callable[[list[str]], None]:
+    """What the first word asks for, taking it away; without a command it is serve."""
+    commands: dict[str, Callable[[list[str]], None]] = {"serve": _serve, "chat": _chat}
+    if not words or words[0].startswith("-"):
+        return _serve
+    word = words.pop(0)
+    if word not in commands:
+        hint = did_you_mean(word, commands) or f" A model is given as --model {word}."
+        raise ConfigError(f"There is no command {short(word)}.{hint}")
+    return commands[word]
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that says which flag an unknown one was meant to be."""
+
+    def parse(self, words: list[str]) -> argparse.Namespace:
+        """The flags in `words`; prints an error and exits with status 2 if one is wrong."""
+        args, unknown = self.parse_known_args(words)
+        if unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            names = [word.partition("=")[0] for word in unknown if word.startswith("-")]
+            hints = [f"{name}:{hint}" for name in names if (hint := did_you_mean(name, flags, str))]
+            self.error(". ".join([f"unrecognized arguments: {' '.join(unknown)}", *hints]))
+        return args
+
+
+def _parser(prog: str, description: str, **options: str) -> _Parser:
+    parser = _Parser(
         prog,
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -54,7 +97,7 @@ def _serve(words: list[str]) -> None:
         epilog=_EPILOG,
     )
     add_flags(parser, EngineConfig, ServerConfig)
-    engine_config, server_config = collect([EngineConfig, ServerConfig], vars(parser.parse_args(words)))
+    engine_config, server_config = collect([EngineConfig, ServerConfig], vars(parser.parse(words)))
     _require_model(engine_config)
 
     from gqa_serve.logs import configure_logging
@@ -70,30 +113,51 @@ def _chat(words: list[str]) -> None:
         "Chat in the terminal, with a running server or with a model loaded here.",
         usage="gqa-serve chat (--url URL | --model MODEL) [options]",
     )
-    group = parser.add_argument_group("chat")
+    group = parser.add_argument_group("conversation")
     group.add_argument("--url", help="a running server, e.g. http://127.0.0.1:8000")
+    group.add_argument("--api-key", metavar="KEY", help="key for --url; better in OPENAI_API_KEY")
     group.add_argument("--system", help="system message")
     group.add_argument("--temperature", type=float, help="0 is greedy; default: the model's")
     group.add_argument("--max-tokens", type=int, help="longest answer, in tokens")
-    add_flags(parser, EngineConfig)
-    args = parser.parse_args(words)
-    (config,) = collect([EngineConfig], vars(args))
+    add_flags(parser, EngineConfig, ChatConfig)
+    args = parser.parse(words)
     options = {n: v for n in ("temperature", "max_tokens") if (v := getattr(args, n)) is not None}
-    if args.url is not None and hasattr(args, "model"):
-        raise ConfigError("Give either --url or --model, not both.")
+    if args.url is not None:
+        _chat_with_server(args, options)
+        return
+    if args.api_key is not None:
+        raise ConfigError("--api-key is for a server; give its --url too, or leave the key out.")
+    config, chat_config = collect([EngineConfig, ChatConfig], vars(args))
+    if not config.model:
+        raise ConfigError(
+            "Chat with what? Give --url of a running server, or --model a hub id, a directory, a .gguf file, "
+            "or 'demo'."
+        )
 
     from gqa_serve.chat import run_chat
-
-    if args.url is not None:
-        run_chat(url=args.url, system=args.system, options=options)
-        return
-    _require_model(config)
-
     from gqa_serve.engine.llm import LLM
     from gqa_serve.logs import configure_logging
 
-    configure_logging("warning")
-    run_chat(llm=LLM.from_config(config), system=args.system, options=options)
+    configure_logging(chat_config.log_level)
+    llm = LLM.from_config(config, chat_template=chat_config.chat_template)
+    run_chat(llm=llm, system=args.system, options=options)
+
+
+def _chat_with_server(args: argparse.Namespace, options: dict[str, float | int]) -> None:
+    settings = {field for config in (EngineConfig, ChatConfig) for field in config.__dataclass_fields__}
+    given = sorted(settings.intersection(vars(args)) | ({"config"} if args.config is not None else set()))
+    if "model" in given:
+        raise ConfigError("Give either --url or --model, not both.")
+    if given:
+        flags = ", ".join(flag_of(name) for name in given)
+        raise ConfigError(f"With --url the server decides; leave out {flags}, or give --model instead.")
+    if not args.url.strip():
+        raise ConfigError("--url is empty; give the address of a server, e.g. http://127.0.0.1:8000")
+
+    from gqa_serve.chat import run_chat
+
+    api_key = args.api_key if args.api_key is not None else openai_api_key()
+    run_chat(url=args.url, system=args.system, options=options, api_key=api_key)
 
 
 def _require_model(config: EngineConfig) -> None:

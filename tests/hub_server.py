@@ -24,6 +24,7 @@ class Repo:
     files: dict[str, bytes]
     revisions: tuple[str, ...] = ("main",)
     token: str | None = None  # required on file downloads (401 GatedRepo without, 403 with another)
+    refuse_with: int | None = None  # ... or this status, whatever the token
     fail_with: int | None = None  # answer every request with this status
     drop_after: dict[str, int] = field(default_factory=dict)  # path -> bytes after which to drop, once
     fail_times: dict[str, int] = field(default_factory=dict)  # path -> number of 503 answers first
@@ -117,7 +118,8 @@ class _Handler(BaseHTTPRequestHandler):
         if repo.token is not None:
             authorization = self.headers.get("Authorization")
             if authorization != f"Bearer {repo.token}":
-                return self._error(401 if authorization is None else 403, "GatedRepo")
+                status = 401 if authorization is None else 403
+                return self._error(repo.refuse_with or status, "GatedRepo")
         if path not in repo.files:
             return self._error(404, "EntryNotFound")
         if repo.fail_times.get(path, 0) > 0 and self.command == "GET":

@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from gqa_serve.config import EngineConfig, ServerConfig, add_flags, collect, parse_size
+from gqa_serve.config import (
+    ChatConfig,
+    EngineConfig,
+    ServerConfig,
+    add_flags,
+    collect,
+    from_settings,
+    openai_api_key,
+    parse_size,
+)
 from gqa_serve.errors import ConfigError
 
 
@@ -89,6 +98,16 @@ def test_sizes_have_units(text: str | int, size: int) -> None:
         ("", {"GQA_SERVE_OFFLINE": "maybe"}, "GQA_SERVE_OFFLINE must be true or false"),
         ("", {"GQA_SERVE_PORT": "tcp://10.0.0.1:8000"}, "enableServiceLinks"),
         ("--config /nowhere.yaml", {}, "/nowhere.yaml: No such file"),
+        ("--drain-timeout nan", {}, "--drain-timeout must be a finite number; got nan"),
+        ("--drain-timeout inf", {}, "--drain-timeout must be a finite number; got inf"),
+        ("--kv-cache-memory " + "9" * 400, {}, "is not a size"),
+        ("--kv-cache-memory 99999999TiB", {}, "is not a size"),
+        ("--max-num-seqs " + "9" * 5000, {}, "--max-num-seqs must be a whole number"),
+        ("", {"GQA_SERVE_PORT": "70000"}, "GQA_SERVE_PORT must be at most 65535"),
+        ("", {"GQA_SERVE_DTYPE": "int3"}, "GQA_SERVE_DTYPE must be one of auto"),
+        ("", {"GQA_SERVE_NO_PREFIX_CACHING": "1", "GQA_SERVE_PREFIX_CACHING": "1"}, "are one setting"),
+        ("", {"GQA_SERVE_NO_OFFLINE": "maybe"}, "GQA_SERVE_NO_OFFLINE must be true or false"),
+        ("", {"GQA_SERVE_SERVED_MODEL_NAME": "a,,b"}, "GQA_SERVE_SERVED_MODEL_NAME must be text or a list"),
     ],
 )
 def test_errors_name_the_setting_and_the_cure(words: str, environ: dict[str, str], says: str) -> None:
@@ -106,6 +125,24 @@ def test_errors_name_the_setting_and_the_cure(words: str, environ: dict[str, str
         ("port: 1.5", "port must be a whole number"),
         ("port: true", "port must be a whole number"),
         ("port:", "needs a value"),
+        ("revision: 1.10", "revision must be text; got 1.1. Put it in quotes."),
+        ("revision: 2024-01-02", "Put it in quotes."),
+        ("revision: 2024-99-99", "is not valid YAML"),
+        ("model: {a: 1}", "settings.yaml: model must be text; got {'a': 1}."),
+        ("dtype: [float32]", "settings.yaml: dtype must be text"),
+        ("served-model-name: [1]", "served-model-name must be text or a list"),
+        ("served-model-name: 1", "served-model-name must be text or a list"),
+        ("max-model-len: x", "settings.yaml: max-model-len must be a whole number"),
+        ("max-model-len: 0", "settings.yaml: max-model-len must be at least 1"),
+        ("max_model_len: 0", "settings.yaml: max_model_len must be at least 1"),
+        ("drain-timeout: true", "drain-timeout must be a number"),
+        ("drain-timeout: .nan", "drain-timeout must be a finite number"),
+        ("port: 1\nport: 2", "port is given twice"),
+        ("max-model-len: 1\nmax_model_len: 2", "max_model_len is given twice"),
+        ("prefix-caching: on\nno-prefix-caching: on", "no-prefix-caching is given twice"),
+        ("1: 2", "unknown setting '1'"),
+        ("port: " + "9" * 5000, "is not valid YAML"),
+        ("port: [1", "is not valid YAML"),
     ],
 )
 def test_files_with_mistakes(tmp_path: Path, text: str, says: str) -> None:
@@ -119,6 +156,58 @@ def test_files_with_mistakes(tmp_path: Path, text: str, says: str) -> None:
 def test_an_unknown_variable_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     load(environ={"GQA_SERVE_PROT": "8000"})
     assert "GQA_SERVE_PROT names no setting" in caplog.text
+    assert "Did you mean GQA_SERVE_PORT?" in caplog.text
+
+
+def test_an_empty_variable_is_unset(caplog: pytest.LogCaptureFixture) -> None:
+    environ = {"GQA_SERVE_PORT": "", "GQA_SERVE_SEED": "", "GQA_SERVE_CONFIG": "", "GQA_SERVE_PROT": ""}
+    assert load(environ=environ) == (EngineConfig(), ServerConfig())
+    assert caplog.text == ""
+
+
+def test_switches_can_be_spelled_as_their_no_flag(tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("no-prefix-caching: true\nno-offline: false\n")
+    for engine, _ in (
+        load(f"--config {file}"),
+        load(environ={"GQA_SERVE_NO_PREFIX_CACHING": "1", "GQA_SERVE_NO_OFFLINE": "0"}),
+    ):
+        assert (engine.prefix_caching, engine.offline) == (False, True)
+    engine, _ = load("--prefix-caching", {"GQA_SERVE_NO_PREFIX_CACHING": "1"})
+    assert engine.prefix_caching is True
+
+
+def test_a_command_passes_over_the_settings_of_others(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "both.yaml"
+    file.write_text("port: 9\nblock-size: 8\nlog-level: debug\n")
+    environ = {"GQA_SERVE_PORT": "tcp://10.0.0.1:80", "GQA_SERVE_CONFIG": str(file)}
+    assert collect([EngineConfig], {}, environ) == [EngineConfig(block_size=8)]
+    engine, chat = collect([EngineConfig, ChatConfig], {}, environ)
+    assert (engine.block_size, chat.log_level, ChatConfig().log_level) == (8, "debug", "warning")
+    assert caplog.text == ""
+    file.write_text("prot: 9")
+    with pytest.raises(ConfigError, match="Did you mean 'port'"):
+        collect([EngineConfig], {}, environ)
+
+
+def test_settings_by_keyword() -> None:
+    settings = {"model": Path("m"), "kv_cache_memory": "1KiB", "prefix_caching": False}
+    assert from_settings(EngineConfig, settings) == EngineConfig(
+        model="m", kv_cache_memory=1024, prefix_caching=False
+    )
+    with pytest.raises(ConfigError, match=r"no setting 'max_num_seq'\. Did you mean 'max_num_seqs'"):
+        from_settings(EngineConfig, {"max_num_seq": 1})
+    with pytest.raises(ConfigError, match="seed must be a whole number"):
+        from_settings(EngineConfig, {"seed": 1.5})
+
+
+@pytest.mark.parametrize(
+    ("environ", "key"), [({}, None), ({"OPENAI_API_KEY": ""}, None), ({"OPENAI_API_KEY": "k"}, "k")]
+)
+def test_the_key_of_openais_clients(environ: dict[str, str], key: str | None) -> None:
+    assert openai_api_key(environ) == key
 
 
 def test_help_has_every_setting_and_its_default() -> None:

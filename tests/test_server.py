@@ -253,6 +253,45 @@ def test_a_signal_lets_streams_finish_and_exits_with_0(sig: int) -> None:
         assert "Traceback" not in "".join(server.lines)
 
 
+def test_what_the_drain_timeout_cuts_still_gets_an_error() -> None:
+    with running("--drain-timeout", "1") as server, server.client() as client:
+        endless = {
+            "model": "demo",
+            "messages": QUESTION,
+            "max_tokens": 8000,
+            "extra_body": {"ignore_eos": True},
+        }
+        whole: list[openai.APIStatusError] = []
+
+        def ask_whole() -> None:
+            with pytest.raises(openai.InternalServerError) as caught:
+                client.chat.completions.create(**endless)
+            whole.append(caught.value)
+
+        asking = threading.Thread(target=ask_whole)
+        asking.start()
+        body = {"model": "demo", "prompt": "x", "max_tokens": 8000, "ignore_eos": True, "stream": True}
+        with httpx2.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            server.process.send_signal(signal.SIGTERM)
+            events = [line for line in lines if line]
+        asking.join(timeout=30)
+        assert events[-1] == "data: [DONE]"
+        error = json.loads(events[-2].removeprefix("data: "))["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        assert whole[0].status_code == 503
+        assert server.process.wait(timeout=30) == 0
+        assert "Traceback" not in "".join(server.lines)
+
+
+def test_an_engine_whose_server_was_killed_ends_itself() -> None:
+    with running() as server:
+        engine = server.engine
+        server.process.kill()
+        eventually(lambda: not engine.is_running())
+
+
 def test_a_second_signal_does_not_wait() -> None:
     with running("--drain-timeout", "300") as server, server.client() as client:
         stream = client.chat.completions.create(

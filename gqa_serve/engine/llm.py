@@ -15,7 +15,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
-from gqa_serve.config import EngineConfig, collect
+from gqa_serve.config import EngineConfig, from_settings
 from gqa_serve.engine.chat_prompt import encode_chat
 from gqa_serve.engine.chat_template_files import load_chat_template
 from gqa_serve.engine.core import Engine
@@ -30,7 +30,7 @@ from gqa_serve.engine.request import (
 )
 from gqa_serve.engine.tokenizer import load_tokenizer
 from gqa_serve.engine.weights.hub import resolve_model
-from gqa_serve.errors import ConfigError, EngineStepError, RequestError
+from gqa_serve.errors import EngineStepError, RequestError
 from gqa_serve.progress import ProgressBar
 
 Prompt = str | Sequence[int]
@@ -77,10 +77,7 @@ class LLM:
     def __init__(
         self, model: str, *, chat_template: str | None = None, progress: bool = True, **settings: Any
     ) -> None:
-        known = {field.name for field in dataclasses.fields(EngineConfig)}
-        if unknown := sorted(settings.keys() - known):
-            raise ConfigError(f"LLM has no setting {unknown[0]!r}; there are {', '.join(sorted(known))}.")
-        (config,) = collect([EngineConfig], {"model": model, **settings}, environ={})
+        config = from_settings(EngineConfig, {"model": model, **settings})
         self._load(config, chat_template, progress)
 
     @classmethod

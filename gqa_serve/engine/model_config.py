@@ -135,7 +135,7 @@ def _merge_eos(config: ModelConfig, generation_config: Mapping[str, Any]) -> Mod
 
     fields = Fields(generation_config, source="generation_config.json")
     bos = fields.token_ids("bos_token_id")
-    eos = (*config.eos_token_ids, *fields.token_ids("eos_token_id"))
+    eos = (*config.eos_token_ids, *fields.token_ids("eos_token_id", vocab_size=config.vocab_size))
     return replace(
         config,
         bos_token_id=config.bos_token_id if config.bos_token_id is not None or not bos else bos[0],

@@ -22,6 +22,7 @@ from gqa_serve.engine.model_config import ModelConfig
 from gqa_serve.engine.models.loader import load_model
 from gqa_serve.engine.request import ModelInfo, sampling_defaults
 from gqa_serve.engine.weights.checkpoint import open_checkpoint
+from gqa_serve.engine.weights.hub import demo_defaults
 from gqa_serve.errors import CacheCapacityError, ConfigError, ModelError, RequestError
 
 logger = logging.getLogger(__name__)
@@ -41,8 +42,9 @@ class ModelRunner:
 
     def __init__(self, path: Path, config: EngineConfig, on_tensor: OnTensor | None = None) -> None:
         checkpoint = open_checkpoint(path)
+        generation_config = demo_defaults(config.model) | checkpoint.generation_config
         try:
-            sampling_defaults(checkpoint.generation_config)
+            sampling_defaults(generation_config)
         except RequestError as error:
             raise ModelError(f"generation_config.json recommends what cannot be used: {error}") from error
         self.config = ModelConfig.from_hf(checkpoint.raw_config, checkpoint.generation_config)
@@ -87,7 +89,7 @@ class ModelRunner:
             backend=self.backend.name,
             max_num_seqs=config.max_num_seqs,
             max_waiting=config.max_waiting,
-            generation_config=checkpoint.generation_config,
+            generation_config=generation_config,
         )
 
     @property

@@ -10,7 +10,7 @@ read only for a tokenizer.model. Knows no templates and no weights.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,10 @@ SPECIAL_TOKEN_NAMES = (
     "mask_token",
 )
 
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+_EXTRA_KEYS = ("additional_special_tokens", "extra_special_tokens")
+_MOST_DIGITS = 10  # of a token id
+
 _CURE = (
     "download tokenizer.json with the model, or write one with transformers: "
     "AutoTokenizer.from_pretrained(MODEL).save_pretrained(DIRECTORY)"
@@ -43,7 +47,8 @@ def load_directory_tokenizer(path: Path) -> Tokenizer:
     settings = read_tokenizer_settings(path)
     backend, model_special = _load_backend(path)
     special_tokens = {**model_special, **named_special_tokens(settings)}
-    _add_missing_tokens(backend, settings, special_tokens)
+    listed, extra = _listed_tokens(path, settings), _extra_tokens(path, settings)
+    _add_missing_tokens(backend, listed, [*special_tokens.values(), *extra])
     if model_special:  # a bare vocabulary: the settings, else Llama's habit, say what surrounds the text
         add_sequence_tokens(
             backend,
@@ -80,15 +85,30 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def named_special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
-    """The texts of the named special tokens, each stored as a string or as {"content": ...}."""
-    texts = {name: _token_text(settings.get(name)) for name in SPECIAL_TOKEN_NAMES}
-    return {name: text for name, text in texts.items() if text is not None}
+    """The texts of the named special tokens, each stored as a string or as {"content": ...}.
+
+    Raises ModelError, naming the key, for anything else but null.
+    """
+    texts: dict[str, str] = {}
+    for name in SPECIAL_TOKEN_NAMES:
+        if settings.get(name) is None:
+            continue
+        if (text := _token_text(settings[name])) is None:
+            raise ModelError(
+                f"{name} in tokenizer_config.json or special_tokens_map.json must be a text or an object "
+                "with a text as its content; download the files again."
+            )
+        texts[name] = text
+    return texts
 
 
 def _token_text(token: object) -> str | None:
+    """The text of a token, None if it is stored in no way we know or is not valid Unicode."""
     if isinstance(token, dict):
         token = token.get("content")
-    return token if isinstance(token, str) else None
+    if not isinstance(token, str) or any("\ud800" <= char <= "\udfff" for char in token):
+        return None
+    return token
 
 
 def _load_backend(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
@@ -106,26 +126,51 @@ def _load_backend(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
     raise ModelError(f"{path} has neither tokenizer.json nor tokenizer.model; {_CURE}.")
 
 
+def _listed_tokens(path: Path, settings: Mapping[str, Any]) -> list[AddedToken]:
+    """The tokens of `added_tokens_decoder` in id order."""
+    listed = settings.get("added_tokens_decoder") or {}
+    wanted = "an object from token ids to objects with a content"
+    if not isinstance(listed, dict) or any(not _is_token_id(key) for key in listed):
+        raise _damaged(path, "added_tokens_decoder", wanted)
+    tokens = []
+    for key in sorted(listed, key=int):
+        entry = listed[key]
+        text = _token_text(entry)
+        if text is None or not isinstance(entry, dict):
+            raise _damaged(path, "added_tokens_decoder", wanted)
+        tokens.append(AddedToken(text, **{name: bool(entry[name]) for name in _FLAGS if name in entry}))
+    return tokens
+
+
+def _is_token_id(key: str) -> bool:
+    return len(key) <= _MOST_DIGITS and key.isascii() and key.isdigit()
+
+
+def _extra_tokens(path: Path, settings: Mapping[str, Any]) -> list[str]:
+    """The texts of the special tokens without a role, as a list or, in newer files, an object by name."""
+    key = next((key for key in _EXTRA_KEYS if settings.get(key)), None)
+    if key is None:
+        return []
+    extra = settings[key]
+    items = list(extra.values()) if isinstance(extra, dict) else extra
+    texts = [_token_text(item) for item in items] if isinstance(items, list) else [None]
+    known = [text for text in texts if text is not None]
+    if len(known) < len(texts):
+        raise _damaged(path, key, "a list of texts or of objects with a content")
+    return known
+
+
+def _damaged(path: Path, key: str, wanted: str) -> ModelError:
+    return ModelError(f"{path / 'tokenizer_config.json'}: {key} must be {wanted}; download the file again.")
+
+
 def _add_missing_tokens(
-    backend: tokenizers.Tokenizer, settings: Mapping[str, Any], special_tokens: Mapping[str, str]
+    backend: tokenizers.Tokenizer, listed: Sequence[AddedToken], special_texts: Sequence[str]
 ) -> None:
     """Adds what the settings list and the tokenizer lacks, in id order, with their special flags."""
-    listed = settings.get("added_tokens_decoder") or {}
     known = {str(token): token for token in backend.get_added_tokens_decoder().values()}
-    wanted = [_added_token(listed[key]) for key in sorted(listed, key=int)]
-    tokens = [token for token in wanted if repr(known.get(str(token))) != repr(token)]
-    extra = settings.get("additional_special_tokens") or settings.get("extra_special_tokens") or []
-    extra = list(extra.values()) if isinstance(extra, dict) else extra
-    for text in [*special_tokens.values(), *filter(None, map(_token_text, extra))]:
+    tokens = [token for token in listed if repr(known.get(str(token))) != repr(token)]
+    for text in special_texts:
         if not (text in known and known[text].special) and all(str(token) != text for token in tokens):
             tokens.append(AddedToken(text, special=True, normalized=False))
     backend.add_tokens(tokens)
-
-
-def _added_token(entry: Mapping[str, Any]) -> AddedToken:
-    flags = {
-        name: bool(entry[name])
-        for name in ("single_word", "lstrip", "rstrip", "normalized", "special")
-        if name in entry
-    }
-    return AddedToken(entry["content"], **flags)

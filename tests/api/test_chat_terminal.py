@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import os
+import pty
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import httpx2
 import pytest
 from fake_engine import FakeEngine, Script, Server, wait_until
 from rich.console import Console
 
-from gqa_serve.chat import ChatError, run_chat
+from gqa_serve.chat import ChatError, HttpSource, run_chat
 from gqa_serve.engine.request import EngineRequest, SamplingParams
 
 
@@ -107,10 +113,11 @@ def test_no_server() -> None:
         run_chat(url="http://127.0.0.1:1", console=Screen().console, read_line=typing())
 
 
-@pytest.mark.parametrize("url", ["http://[", "ftp://127.0.0.1", "http://127.0.0.1:99999"])
+@pytest.mark.parametrize("url", ["http://[", "http://", "ftp://127.0.0.1", "http://127.0.0.1:99999"])
 def test_unusable_urls(url: str) -> None:
-    with pytest.raises(ChatError):
+    with pytest.raises(ChatError) as caught:
         run_chat(url=url, console=Screen().console, read_line=typing())
+    assert not str(caught.value).endswith("..")
 
 
 def test_not_an_openai_server(server: Server) -> None:
@@ -148,3 +155,64 @@ def test_local_model_prints_text_as_it_is_without_control_characters() -> None:
     assert messages == [{"role": "user", "content": "Hi"}]
     assert params == SamplingParams(temperature=0.5, top_k=3, max_tokens=7)
     assert llm.closed == 1
+
+
+PROGRAM = """
+from gqa_serve.chat import run_chat
+from gqa_serve.engine.request import SamplingParams
+
+class Echo:
+    default_sampling_params = SamplingParams()
+
+    def chat_stream(self, messages, sampling_params=None):
+        yield f"[heard {messages[-1]['content']}]"
+
+run_chat(llm=Echo())
+"""
+
+
+def test_lines_are_edited_with_arrow_keys_and_the_prompt_stays() -> None:
+    pytest.importorskip("readline")
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80", "INPUTRC": os.devnull}
+    environment.pop("NO_COLOR", None)
+    controller, terminal = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM], stdin=terminal, stdout=terminal, stderr=terminal, env=environment
+    )
+    os.close(terminal)
+    written = b""
+
+    def read_until(text: bytes) -> None:
+        nonlocal written
+        while text not in written:
+            written += os.read(controller, 4096)
+
+    try:
+        read_until(b"> \x1b[0m")
+        os.write(controller, b"ab\x1b[DX\r")  # left, then an X between the letters
+        read_until(b"[heard aXb]")
+        written = b""
+        read_until(b"> \x1b[0m")
+        os.write(controller, b"\x1b[A\r")  # up: the line before
+        read_until(b"[heard aXb]")
+        assert b"\x01" not in written
+        written = b""
+        read_until(b"> \x1b[0m")
+        os.write(controller, b"\x04")
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(controller)
+
+
+def test_a_server_that_wants_a_key(server: Server, engine: FakeEngine) -> None:
+    screen = Screen()
+    run_chat(url=server.url, api_key="k", console=screen.console, read_line=typing("Hi"))
+    assert "Hello world" in screen.text
+    source = HttpSource(server.url, {})
+    with (
+        contextlib.closing(source),
+        pytest.raises(ChatError, match=r"answered 401: .*Give --api-key, or set"),
+    ):
+        source._check(httpx2.Response(401, json={"error": {"message": "No key."}}))

@@ -308,3 +308,33 @@ def test_more_layer_errors() -> None:
         read("Gemma3ForConditionalGeneration")
     with pytest.raises(ModelError, match="must hold a JSON object"):
         ModelConfig.from_hf([])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers must be a positive integer, at most 4096"),
+        ({"vocab_size": 2**31}, "vocab_size must be a positive integer, at most 2147483647"),
+        ({"rope_theta": 10**400}, "rope_theta must be a number"),
+        ({"eos_token_id": 99999}, r"eos_token_id must be below the vocabulary size \(100\), got 99999"),
+        ({"eos_token_id": [2, 100]}, r"eos_token_id must be below the vocabulary size \(100\)"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "factor must be a number, it is missing"),
+    ],
+)
+def test_numbers_that_cannot_be(fields: dict[str, Any], says: str) -> None:
+    with pytest.raises(ModelError, match=says):
+        read(**fields)
+
+
+def test_an_end_of_sequence_beyond_the_vocabulary_in_generation_config() -> None:
+    with pytest.raises(ModelError, match=r"generation_config\.json: eos_token_id must be below"):
+        ModelConfig.from_hf(LLAMA, {"eos_token_id": 100})
+    assert ModelConfig.from_hf(LLAMA, {"eos_token_id": 99}).eos_token_ids[-1] == 99
+
+
+def test_a_null_yarn_factor_is_the_ratio_of_the_lengths() -> None:
+    """As in transformers, for DeepSeek's configs."""
+    scaling = {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 128}
+    rope = read(rope_scaling=scaling).ropes[0]
+    assert rope is not None
+    assert rope.factor == 512 / 128

@@ -9,6 +9,7 @@ Invariant: a value leaves this module with the type its reader names, or a Model
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,9 @@ _ACTIVATIONS: dict[str, Activation] = {
 }
 _DTYPES = ("float32", "bfloat16", "float16")
 FULL, SLIDING = "full_attention", "sliding_attention"
+# Larger numbers are damage. Without a bound, one number in a config.json could ask for all memory.
+MOST = 2**31 - 1
+MOST_LAYERS = 4096
 
 
 class Fields:
@@ -52,10 +56,13 @@ class Fields:
         got = "it is missing" if value is _MISSING else f"got {_short(value)}"
         return ModelError(f"{self.source}: {name} must be {wanted}, {got}.")
 
-    def positive_int(self, name: str) -> int:
+    def positive_int(self, name: str, *, most: int = MOST) -> int:
+        """An integer from 1 to `most`."""
         value = self.get(name)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise self.error(name, "a positive integer")
+        if value > most:
+            raise self.error(name, f"a positive integer, at most {most}")
         return value
 
     def optional_positive_int(self, name: str) -> int | None:
@@ -64,7 +71,7 @@ class Fields:
     def number(self, name: str, *, above: float = -math.inf) -> float:
         """A finite number greater than `above`."""
         value = self.get(name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if not _is_finite(value):
             raise self.error(name, "a number")
         if value <= above:
             raise self.error(name, f"a number greater than {above:g}")
@@ -84,19 +91,23 @@ class Fields:
         """A list of exactly `length` numbers greater than 0."""
         value = self.get(name)
         good = isinstance(value, Sequence) and not isinstance(value, str) and len(value) == length
-        if not good or not all(
-            isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) and x > 0
-            for x in value
-        ):
+        if not good or not all(_is_finite(x) and x > 0 for x in value):
             raise self.error(name, f"a list of {length} numbers greater than 0")
         return tuple(float(x) for x in value)
 
-    def token_ids(self, name: str) -> tuple[int, ...]:
-        """One token id or a list of them; absent and null are none."""
+    def token_ids(self, name: str, *, vocab_size: int | None = None) -> tuple[int, ...]:
+        """One token id or a list of them; absent and null are none.
+
+        With `vocab_size`, ids must be below it; a family's default beyond it means nothing and is left out.
+        """
         value = self.get(name)
         ids = [] if value is None else value if isinstance(value, list) else [value]
         if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
             raise self.error(name, "a token id or a list of token ids")
+        if vocab_size is not None and any(i >= vocab_size for i in ids):
+            if name in self.raw:
+                raise self.error(name, f"below the vocabulary size ({vocab_size})")
+            ids = [i for i in ids if i < vocab_size]
         return tuple(ids)
 
     def unsupported(self, name: str, supported: str) -> UnsupportedModelError:
@@ -104,6 +115,12 @@ class Fields:
         return UnsupportedModelError(
             f"{self.source}: {name} = {_short(self.get(name))} is not supported; supported: {supported}."
         )
+
+
+def _is_finite(value: object) -> bool:
+    """True for a number that a float can hold (JSON's integers can be larger, and its NaN is read too)."""
+    limit = sys.float_info.max
+    return isinstance(value, int | float) and not isinstance(value, bool) and -limit <= value <= limit
 
 
 def _short(value: Any) -> str:
@@ -127,11 +144,12 @@ def common_fields(fields: Fields, *, activation: str = "hidden_act") -> dict[str
                 "num_key_value_heads", f"a positive integer that divides num_attention_heads ({num_heads})"
             )
     bos = fields.token_ids("bos_token_id")
+    vocab_size = fields.positive_int("vocab_size")
     return {
         "architecture": architecture_name(fields.raw),
-        "vocab_size": fields.positive_int("vocab_size"),
+        "vocab_size": vocab_size,
         "hidden_size": fields.positive_int("hidden_size"),
-        "num_layers": fields.positive_int("num_hidden_layers"),
+        "num_layers": fields.positive_int("num_hidden_layers", most=MOST_LAYERS),
         "num_heads": num_heads,
         "num_kv_heads": num_kv_heads,
         "head_dim": _head_dim(fields, num_heads),
@@ -141,7 +159,7 @@ def common_fields(fields: Fields, *, activation: str = "hidden_act") -> dict[str
         "tie_embeddings": fields.boolean("tie_word_embeddings"),
         "dtype": _dtype(fields),
         "bos_token_id": bos[0] if bos else None,
-        "eos_token_ids": fields.token_ids("eos_token_id"),
+        "eos_token_ids": fields.token_ids("eos_token_id", vocab_size=vocab_size),
     }
 
 
@@ -203,7 +221,7 @@ def explicit_layer_types(fields: Fields) -> list[str] | None:
     value = fields.get("layer_types")
     if value is None:
         return None
-    count = fields.positive_int("num_hidden_layers")
+    count = fields.positive_int("num_hidden_layers", most=MOST_LAYERS)
     if not isinstance(value, list) or len(value) != count:
         raise fields.error("layer_types", f"a list of num_hidden_layers ({count}) names")
     if any(kind not in (FULL, SLIDING) for kind in value):

@@ -9,7 +9,7 @@ tensors. Peak memory is one copy of the model plus one tensor.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Protocol
 
 import torch
@@ -27,10 +27,13 @@ _DERIVED = re.compile(r"\.rotary_emb\.inv_freq$")
 
 
 class TensorSource(Protocol):
-    """The part of a checkpoint the loader needs."""
+    """The part of a checkpoint the loader needs. Names are Hugging Face's."""
+
+    def tensor_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shape of every tensor by name, without reading any."""
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Names (Hugging Face's) and tensors, one by one; a tensor may alias a memory mapping."""
+        """Names and tensors, one by one; a tensor may alias a memory mapping."""
 
 
 def load_model(
@@ -45,14 +48,16 @@ def load_model(
     """Load the weights of `config` from `checkpoint`; `on_tensor(name)` is called after each tensor.
 
     Linear layers and embeddings are held in `dtype`; norm weights in float32, with Gemma's 1 added. Raises
-    ModelError if tensors are missing, unexpected, duplicated or wrongly shaped.
+    ModelError if tensors are missing, unexpected, duplicated or wrongly shaped; names and shapes are compared
+    before any memory is taken, so that a wrong config.json costs none.
     """
     family = family_of(config.architecture)
+    plan = _plan(checkpoint.tensor_shapes(), config, family)
     parameters = {
         name: torch.empty(shape, dtype=torch.float32 if _is_norm(name) else dtype, device=device)
         for name, shape in parameter_shapes(config, family.names).items()
     }
-    _copy_all(checkpoint.tensors(), config, family, parameters, on_tensor)
+    _copy_all(checkpoint.tensors(), plan, parameters, on_tensor)
     if config.norm_plus_one:
         for name, parameter in parameters.items():
             if _is_norm(name):
@@ -64,36 +69,39 @@ def _is_norm(parameter: str) -> bool:
     return parameter.split(".")[-2].endswith("norm")
 
 
-def _copy_all(
-    tensors: Iterable[tuple[str, torch.Tensor]],
-    config: ModelConfig,
-    family: Family,
-    parameters: dict[str, torch.Tensor],
-    on_tensor: Callable[[str], None] | None,
-) -> None:
-    """Copy each tensor into its slot; the first name that fits a prefix decides where the decoder stands."""
+def _plan(
+    shapes: Mapping[str, tuple[int, ...]], config: ModelConfig, family: Family
+) -> dict[str, WeightSlot | None]:
+    """Each tensor's slot, None for one left out; the first name that fits a prefix says where the decoder is.
+
+    Raises ModelError unless every slot is filled once, in its shape.
+    """
     by_prefix = {prefix: weight_slots(config, family, prefix) for prefix in family.prefixes}
-    slots = by_prefix[family.prefixes[0]]
-    decided = False
-    missing = {(slot.parameter, slot.row): name for name, slot in slots.items()}
+    slots = next(
+        (
+            candidate
+            for name in shapes
+            if name not in family.heads
+            for candidate in by_prefix.values()
+            if name in candidate
+        ),
+        by_prefix[family.prefixes[0]],
+    )
+    missing = {_key(slot): name for name, slot in slots.items()}
+    plan: dict[str, WeightSlot | None] = {}
     unexpected = []
-    for name, tensor in tensors:
-        if not decided and name not in family.heads:
-            for candidate in by_prefix.values():
-                if name in candidate:
-                    slots, decided = candidate, True
-                    missing = {(s.parameter, s.row): n for n, s in slots.items() if _key(s) in missing}
-                    break
-        slot = slots.get(name)
+    for name, shape in shapes.items():
+        slot = plan[name] = slots.get(name)
         if slot is None:
             if not _is_ignored(name, config, family):
                 unexpected.append(name)
         elif missing.pop(_key(slot), None) is None:
-            raise ModelError(f"The checkpoint holds tensor {name} twice, or under two names.")
-        else:
-            _copy(name, tensor, slot, parameters)
-        if on_tensor is not None:
-            on_tensor(name)
+            raise _twice(name)
+        elif shape != slot.shape:
+            raise ModelError(
+                f"Tensor {name} has shape {list(shape)}, but config.json describes {list(slot.shape)}; "
+                "check that config.json belongs to these weights."
+            )
     if missing:
         raise ModelError(
             f"The checkpoint lacks {_some(missing.values())} that {config.architecture} needs; "
@@ -104,6 +112,31 @@ def _copy_all(
             f"The checkpoint holds {_some(unexpected)} that {config.architecture} with this config.json does "
             "not have; check that config.json belongs to these weights."
         )
+    return plan
+
+
+def _copy_all(
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    plan: Mapping[str, WeightSlot | None],
+    parameters: dict[str, torch.Tensor],
+    on_tensor: Callable[[str], None] | None,
+) -> None:
+    """Copy each tensor into its slot. What comes must be what the headers named, each once."""
+    left = dict(plan)
+    for name, tensor in tensors:
+        if name not in left:
+            raise _twice(name)
+        slot = left.pop(name)
+        if slot is not None:
+            _copy(name, tensor, slot, parameters)
+        if on_tensor is not None:
+            on_tensor(name)
+    if left:
+        raise ModelError(f"The checkpoint did not hand out {_some(left)}; download it again.")
+
+
+def _twice(name: str) -> ModelError:
+    return ModelError(f"The checkpoint holds tensor {name} twice, or under two names.")
 
 
 def _key(slot: WeightSlot) -> tuple[str, int]:
@@ -111,11 +144,6 @@ def _key(slot: WeightSlot) -> tuple[str, int]:
 
 
 def _copy(name: str, tensor: torch.Tensor, slot: WeightSlot, parameters: dict[str, torch.Tensor]) -> None:
-    if tuple(tensor.shape) != slot.shape:
-        raise ModelError(
-            f"Tensor {name} has shape {list(tensor.shape)}, but config.json describes {list(slot.shape)}; "
-            "check that config.json belongs to these weights."
-        )
     if not tensor.is_floating_point():
         raise ModelError(
             f"Tensor {name} holds {str(tensor.dtype).removeprefix('torch.')} numbers; quantized weights are "

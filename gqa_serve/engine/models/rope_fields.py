@@ -115,9 +115,10 @@ def _llama3(rope: Fields) -> dict[str, Any]:
 def _yarn(rope: Fields, max_position: int) -> dict[str, Any]:
     """YaRN (Peng et al. 2023, arXiv 2309.00071) with the attention factor resolved to a number."""
     original = rope.positive_int("original_max_position_embeddings")
-    factor = rope.optional_number("factor", above=0)
-    if factor is None:
-        factor = max_position / original
+    # As in transformers: null (DeepSeek) is the ratio of the two lengths, a missing factor is an error.
+    factor = max_position / original
+    if "factor" not in rope.raw or rope.get("factor") is not None:
+        factor = rope.number("factor", above=0)
     attention_factor = rope.optional_number("attention_factor", above=0)
     if attention_factor is None:
         mscale = rope.optional_number("mscale") or 0.0

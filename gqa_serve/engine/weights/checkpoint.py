@@ -38,6 +38,10 @@ class Checkpoint(ABC):
     num_tensors: int
 
     @abstractmethod
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Hugging Face name -> shape of every tensor that `tensors` will yield, from the headers."""
+
+    @abstractmethod
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield `(Hugging Face name, tensor)`, one at a time.
 
@@ -58,8 +62,14 @@ def open_checkpoint(path: Path) -> Checkpoint:
         return DirectoryCheckpoint(path)
     if not path.exists():
         raise ModelError(f"{path} does not exist; check the path.")
+    require_gguf_file(path)
+    return GgufCheckpoint(path)
+
+
+def require_gguf_file(path: Path) -> None:
+    """Return if the file `path` is named or begins like a GGUF file; `ModelError` with the cure if not."""
     if path.suffix == ".gguf" or is_gguf_file(path):
-        return GgufCheckpoint(path)
+        return
     if path.suffix == ".safetensors":
         raise ModelError(f"{path} is one weight file; give the directory that holds it and config.json.")
     raise ModelError(f"{path} is not a GGUF file; give a .gguf file or a directory with safetensors weights.")

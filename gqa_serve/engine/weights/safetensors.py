@@ -37,11 +37,16 @@ class DirectoryCheckpoint(Checkpoint):
         self.generation_config: dict[str, Any] = read_json_object(generation) if generation.exists() else {}
         self.num_tensors = 0
         self.weight_bytes = 0
+        self._shapes: dict[str, tuple[int, ...]] = {}
         for file, names in self._shards.items():
-            stored = _check_shard(file, names)
-            self._shards[file] = stored if names is None else names
-            self.num_tensors += len(stored if names is None else names)
+            shapes = _check_shard(file, names)
+            self._shards[file] = list(shapes)
+            self._shapes |= shapes
+            self.num_tensors += len(shapes)
             self.weight_bytes += _data_bytes(file)
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        return self._shapes
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         for file, names in self._shards.items():
@@ -93,8 +98,9 @@ def read_weight_index(index: Path) -> dict[str, list[str]]:
     return files
 
 
-def _check_shard(file: Path, expected: list[str] | None) -> list[str]:
-    """Validate one file's header; returns the names it holds."""
+def _check_shard(file: Path, expected: list[str] | None) -> dict[str, tuple[int, ...]]:
+    """Validate one file's header; the shapes of the `expected` tensors, or of all it holds."""
+    shapes = {}
     try:
         with safe_open(file, framework="pt") as shard:
             names = list(shard.keys())
@@ -105,7 +111,9 @@ def _check_shard(file: Path, expected: list[str] | None) -> list[str]:
                         f"{file} lacks {name}, which {INDEX_FILE} says it holds; download it again."
                     )
             for name in names if expected is None else expected:
-                dtype = shard.get_slice(name).get_dtype()
+                view = shard.get_slice(name)
+                shapes[name] = tuple(view.get_shape())
+                dtype = view.get_dtype()
                 if dtype not in FLOAT_DTYPES and name.endswith((".weight", ".bias")):
                     raise UnsupportedModelError(
                         f"{file} stores {name} as {dtype}; quantized safetensors are not supported, "
@@ -115,7 +123,7 @@ def _check_shard(file: Path, expected: list[str] | None) -> list[str]:
         raise _damaged(file, error) from error
     if not names:
         raise ModelError(f"{file} holds no tensors; download it again.")
-    return names
+    return shapes
 
 
 def _data_bytes(file: Path) -> int:
@@ -137,6 +145,10 @@ def _no_weights(directory: Path) -> ModelError:
         files = sorted(path for path in directory.iterdir() if path.is_file())
     except OSError as error:
         return ModelError(f"{directory} cannot be read ({error.strerror}); check the path and permissions.")
+    gguf = [file for file in files if file.suffix == ".gguf"]
+    if gguf:
+        which = "pass that file" if len(gguf) == 1 else "pass one of them, of a split one the first"
+        return ModelError(f"{directory} holds GGUF weights; {which}: --model {gguf[0]}")
     return ModelError(describe_missing_weights(str(directory), [file.name for file in files]))
 
 

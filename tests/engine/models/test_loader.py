@@ -26,6 +26,9 @@ class Tensors:
     def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
         self.named = list(tensors.items())
 
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(tensor.shape) for name, tensor in self.named}
+
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         yield from self.named
 
@@ -99,6 +102,36 @@ def test_a_tensor_that_comes_twice(llama: Any) -> None:
     source.named.append(("model.norm.weight", tensors["model.norm.weight"]))
     with pytest.raises(ModelError, match=r"model\.norm\.weight twice"):
         load(source, raw)
+
+
+def test_a_config_of_too_many_layers_or_too_large_a_vocabulary_takes_no_memory(
+    llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors, raw = llama
+
+    def no_memory(*args: object, **kwargs: object) -> None:
+        raise AssertionError("allocated before the names were compared")
+
+    monkeypatch.setattr(torch, "empty", no_memory)
+    with pytest.raises(ModelError, match=r"lacks \d+ tensors \(model\.layers\.10"):
+        load(tensors, {**raw, "num_hidden_layers": 1000})
+    with pytest.raises(
+        ModelError, match="num_hidden_layers must be a positive integer, at most 4096, got 1000"
+    ):
+        load(tensors, {**raw, "num_hidden_layers": 1_000_000_000})
+    with pytest.raises(ModelError, match=r"embed_tokens\.weight has shape \[128, 64\]"):
+        load(tensors, {**raw, "vocab_size": 2**31 - 1})
+
+
+def test_a_tensor_that_the_headers_name_but_the_file_lacks(llama: Any) -> None:
+    tensors, raw = llama
+
+    class Short(Tensors):
+        def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+            yield from self.named[:-1]
+
+    with pytest.raises(ModelError, match="did not hand out tensor"):
+        load(Short(tensors), raw)
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)

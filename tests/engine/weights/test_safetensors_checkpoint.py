@@ -163,7 +163,8 @@ def test_bad_config(tmp_path: Path, config: bytes | None, sentence: str) -> None
         (["model.pth"], "only pickled weights"),
         (["consolidated.safetensors"], r"neither model\.safetensors nor"),
         (["adapter_config.json", "adapter_model.safetensors"], "merge it into its base model"),
-        (["a.gguf", "b.gguf"], r"give its path, such as a\.gguf"),
+        (["a.gguf", "b.gguf"], r"holds GGUF weights; pass one of them.*: --model /.*/a\.gguf$"),
+        (["only.gguf"], r"holds GGUF weights; pass that file: --model /.*/only\.gguf$"),
         ([], r"has no weights; give a directory with model\.safetensors, or a \.gguf file"),
     ],
 )
