@@ -178,7 +178,9 @@ def test_completions_score_a_prompt(server: RunningServer) -> None:
 def test_seeded_choices_repeat_and_differ(server: RunningServer) -> None:
     with server.client() as client:
         answers = [
-            client.chat.completions.create(model="demo", messages=QUESTION, n=3, seed=5, max_tokens=12)
+            client.chat.completions.create(
+                model="demo", messages=QUESTION, n=3, seed=5, temperature=1, max_tokens=12
+            )
             for _ in range(2)
         ]
     first, second = ([choice.message.content for choice in answer.choices] for answer in answers)

@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import pty
+import select
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -180,24 +181,26 @@ def test_lines_are_edited_with_arrow_keys_and_the_prompt_stays() -> None:
         [sys.executable, "-c", PROGRAM], stdin=terminal, stdout=terminal, stderr=terminal, env=environment
     )
     os.close(terminal)
-    written = b""
+    unread = b""
 
-    def read_until(text: bytes) -> None:
-        nonlocal written
-        while text not in written:
-            written += os.read(controller, 4096)
+    def read_until(text: bytes) -> bytes:
+        """What came up to and with `text`; what follows it stays for the next call."""
+        nonlocal unread
+        while text not in unread:
+            assert select.select([controller], [], [], 60)[0], unread
+            unread += os.read(controller, 4096)
+        before, _, unread = unread.partition(text)
+        return before
 
+    prompt = b"> \x1b[0m"
     try:
-        read_until(b"> \x1b[0m")
+        read_until(prompt)
         os.write(controller, b"ab\x1b[DX\r")  # left, then an X between the letters
         read_until(b"[heard aXb]")
-        written = b""
-        read_until(b"> \x1b[0m")
+        read_until(prompt)
         os.write(controller, b"\x1b[A\r")  # up: the line before
-        read_until(b"[heard aXb]")
-        assert b"\x01" not in written
-        written = b""
-        read_until(b"> \x1b[0m")
+        assert b"\x01" not in read_until(b"[heard aXb]")
+        read_until(prompt)
         os.write(controller, b"\x04")
         assert process.wait(60) == 0
     finally:
