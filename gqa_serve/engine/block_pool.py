@@ -79,10 +79,6 @@ class BlockPool:
             if self._ref_counts[block_id] == 0:
                 self._free[block_id] = None
 
-    def is_free(self, block_id: int) -> bool:
-        """Whether nobody references the block."""
-        return self._ref_counts[block_id] == 0
-
     def lookup(self, chain: Chain, tokens: Sequence[int]) -> Entry | None:
         """The entry of a block holding `tokens` (one full block of them) after `chain`."""
         return self._entries.get((chain, tuple(tokens)))

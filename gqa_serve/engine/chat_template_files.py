@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gqa_serve.engine.chat_template import ChatTemplate
-from gqa_serve.engine.tokenizer_files import named_special_tokens, read_json_object, read_tokenizer_settings
+from gqa_serve.engine.tokenizer_files import named_special_tokens, read_optional_json, read_tokenizer_settings
 from gqa_serve.errors import ConfigError, ModelError
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ def _read_directory(path: Path) -> tuple[dict[str, str], dict[str, str], str]:
         return templates, special_tokens, "chat_template.jinja"
     for name, values in (
         ("tokenizer_config.json", settings),
-        ("chat_template.json", read_json_object(path / "chat_template.json")),
+        ("chat_template.json", read_optional_json(path / "chat_template.json")),
     ):
         if templates := _named_templates(values.get("chat_template"), name):
             return templates, special_tokens, name

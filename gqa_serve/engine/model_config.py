@@ -16,7 +16,6 @@ from gqa_serve.errors import ConfigError
 
 RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope", "factors"]
 Activation = Literal["silu", "gelu", "gelu_tanh"]
-NormPlacement = Literal["pre", "post", "sandwich"]
 QKNorm = Literal["none", "head", "full"]
 
 
@@ -50,7 +49,6 @@ class ModelConfig:
     Per layer `l`: `windows[l]` is the number of tokens a query sees, itself included (None = all before it);
     `ropes[l]` its rotary embedding (None = no position encoding).
 
-    Norm placement: "pre" norms the input of attention and MLP; "post" their output; "sandwich" both.
     `norm_plus_one`: the checkpoint stores norm weights minus one. `qk_norm`: RMSNorm of queries and keys
     before the rotation, per head or over the full projection. Scores are q.k * `attention_scale`, then
     `cap * tanh(scores / cap)` with `attention_soft_cap`. Logits are hidden @ lm_head * `logits_scale`, then
@@ -76,7 +74,6 @@ class ModelConfig:
     attention_scale: float
     activation: Activation = "silu"
     norm_eps: float = 1e-6
-    norm_placement: NormPlacement = "pre"
     norm_plus_one: bool = False
     qk_norm: QKNorm = "none"
     qkv_bias: bool = False

@@ -9,7 +9,6 @@ read only for a tokenizer.model. Knows no templates and no weights.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from tokenizers import AddedToken
 from gqa_serve.engine.sentencepiece_model import read_sentencepiece_model
 from gqa_serve.engine.spm_tokenizer import add_sequence_tokens, build_spm_backend
 from gqa_serve.engine.tokenizer import Tokenizer
+from gqa_serve.engine.weights.checkpoint import read_json_object
 from gqa_serve.errors import ModelError
 
 SPECIAL_TOKEN_NAMES = (
@@ -62,26 +62,18 @@ def load_directory_tokenizer(path: Path) -> Tokenizer:
 def read_tokenizer_settings(path: Path) -> dict[str, Any]:
     """tokenizer_config.json over special_tokens_map.json; {} if neither exists."""
     return {
-        **read_json_object(path / "special_tokens_map.json"),
+        **read_optional_json(path / "special_tokens_map.json"),
         **{
             name: value
-            for name, value in read_json_object(path / "tokenizer_config.json").items()
+            for name, value in read_optional_json(path / "tokenizer_config.json").items()
             if value is not None or name not in SPECIAL_TOKEN_NAMES
         },
     }
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`, {} if the file does not exist; ModelError if it is not a JSON object."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path} cannot be read as JSON ({error}); download it again.") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path} must hold a JSON object; download it again.")
-    return value
+def read_optional_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`, {} if there is no such file; ModelError if it is damaged."""
+    return read_json_object(path) if path.exists() else {}
 
 
 def named_special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:

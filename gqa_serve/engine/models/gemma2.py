@@ -49,7 +49,6 @@ def gemma_fields(fields: Fields, hidden_size: int) -> dict[str, Any]:
         raise fields.unsupported("use_bidirectional_attention", "false (causal attention)")
     bias = fields.boolean("attention_bias")
     return {
-        "norm_placement": "sandwich",
         "norm_plus_one": True,
         "embedding_scale": hidden_size**0.5,
         "attention_scale": fields.number("query_pre_attn_scalar", above=0) ** -0.5,

@@ -33,7 +33,6 @@ def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
         **uniform_rope(fields, common),
         windows=(None,) * common["num_layers"],
         attention_scale=common["head_dim"] ** -0.5,
-        norm_placement="post",
         qk_norm="full",
         qkv_bias=bias,
         o_bias=bias,
