@@ -14,6 +14,7 @@ from gqa_serve.config import (
     ServerConfig,
     add_flags,
     collect,
+    engine_environment,
     from_settings,
     openai_api_key,
     parse_size,
@@ -224,3 +225,20 @@ def test_the_page_of_settings_is_up_to_date() -> None:
     pages = Path(__file__).parents[1] / "docs"
     scope = runpy.run_path(str(pages / "make_configuration.py"))
     assert (pages / "configuration.md").read_text(encoding="utf-8") == scope["page"]()
+
+
+@pytest.mark.parametrize(
+    ("environ", "spin"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+)
+def test_the_engine_process_spins_briefly_unless_told(
+    monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], spin: str | None
+) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SOMETHING_ELSE", "kept")
+    result = engine_environment()
+    assert result.get("GOMP_SPINCOUNT") == spin
+    assert result["SOMETHING_ELSE"] == "kept"

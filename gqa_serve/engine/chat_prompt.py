@@ -2,7 +2,8 @@
 
 Owns the rule that only the template writes control tokens: a message that spells one ("<|im_end|>") reaches
 the model as those characters. Such spellings are replaced by markers before the template sees them, and
-encoded as ordinary text after it. Knows no HTTP.
+encoded as ordinary text after it. (Around such a spelling the text is encoded in pieces; a SentencePiece
+vocabulary that prefixes a space does so for each.) Knows no HTTP.
 """
 
 from __future__ import annotations

@@ -31,7 +31,6 @@ _HF_TYPES = {
 # Control tokens that end a chat turn. llama.cpp stops at them too, because many files name only the
 # end-of-text token in their metadata (src/llama-vocab.cpp, "special_eog_ids").
 _END_OF_TURN_TOKENS = frozenset({"<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>"})
-_CONTROL_TOKEN = 3  # gguf.TokenType.CONTROL
 
 _SAMPLING_KEYS = {
     "temp": "temperature",
@@ -331,10 +330,10 @@ _FAMILIES: dict[str, Callable[[Keys, dict[str, Any]], None]] = {
 def translate_generation_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """The file's end tokens and sampling defaults, as `generation_config.json` would say them."""
     ids = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-    tokens, types = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.token_type")
-    if isinstance(tokens, list) and isinstance(types, list):
-        pairs = enumerate(zip(tokens, types, strict=False))
-        ids += [i for i, (text, kind) in pairs if kind == _CONTROL_TOKEN and text in _END_OF_TURN_TOKENS]
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    if isinstance(tokens, list):
+        # Whatever type the file gives them: converters have stored them as ordinary tokens.
+        ids += [i for i, text in enumerate(tokens) if isinstance(text, str) and text in _END_OF_TURN_TOKENS]
     generation: dict[str, Any] = {}
     if eos := list(dict.fromkeys(i for i in ids if isinstance(i, int))):
         generation["eos_token_id"] = eos
