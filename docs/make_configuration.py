@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from gqa_serve.config import EngineConfig, ServerConfig, flag_of, parse_size
+from gqa_serve.config import EngineConfig, ServerConfig
+from gqa_serve.settings import flag_of, parse_size
 
 PAGE = Path(__file__).with_name("configuration.md")
 BEGIN, END = "<!-- settings: begin -->\n", "<!-- settings: end -->\n"

@@ -8,18 +8,9 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from gqa_serve import __version__
-from gqa_serve.config import (
-    ChatConfig,
-    EngineConfig,
-    ServerConfig,
-    add_flags,
-    collect,
-    did_you_mean,
-    flag_of,
-    openai_api_key,
-    short,
-)
+from gqa_serve.config import ChatConfig, EngineConfig, ServerConfig, collect, openai_api_key
 from gqa_serve.errors import ConfigError, GqaServeError
+from gqa_serve.settings import add_flags, did_you_mean, flag_of, short
 
 _EPILOG = """commands: serve (default), chat; `gqa-serve COMMAND --help` has the details.
 Every setting can also be GQA_SERVE_NAME in the environment or a `name: value` line in --config FILE.

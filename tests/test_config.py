@@ -12,14 +12,12 @@ from gqa_serve.config import (
     ChatConfig,
     EngineConfig,
     ServerConfig,
-    add_flags,
     collect,
     engine_environment,
-    from_settings,
     openai_api_key,
-    parse_size,
 )
 from gqa_serve.errors import ConfigError
+from gqa_serve.settings import add_flags, from_settings, parse_size
 
 
 def load(words: str = "", environ: dict[str, str] | None = None) -> tuple[EngineConfig, ServerConfig]:

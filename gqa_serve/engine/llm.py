@@ -15,7 +15,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
-from gqa_serve.config import EngineConfig, from_settings
+from gqa_serve.config import EngineConfig
 from gqa_serve.engine.chat_prompt import encode_chat
 from gqa_serve.engine.chat_template_files import load_chat_template
 from gqa_serve.engine.core import Engine
@@ -32,6 +32,7 @@ from gqa_serve.engine.tokenizer import load_tokenizer
 from gqa_serve.engine.weights.hub import resolve_model
 from gqa_serve.errors import EngineStepError, RequestError
 from gqa_serve.progress import ProgressBar
+from gqa_serve.settings import from_settings
 
 Prompt = str | Sequence[int]
 
