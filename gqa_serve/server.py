@@ -120,29 +120,30 @@ async def _serve(
         timeout_graceful_shutdown=math.ceil(config.drain_timeout) + _LAST_WORDS_S,
     )
     server = _Server(options, engine)
-    draining = asyncio.create_task(_drain(server, engine, config.drain_timeout))
-    serving = asyncio.create_task(server.serve(sockets=[listener]))
     loading = asyncio.create_task(engine.start())
+    draining = asyncio.create_task(_drain(server, engine, loading, config.drain_timeout))
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
     try:
         await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
-        if loading.done():
+        if loading.done() and not server.should_exit:
             loading.result()
             _announce(engine.model_info, listener, config)
-            await serving
+        await serving
     finally:
         server.should_exit = True
         server.signalled.set()
-        loading.cancel()
-        await asyncio.gather(serving, loading, return_exceptions=True)
+        await asyncio.gather(serving, return_exceptions=True)
         await draining
 
 
-async def _drain(server: _Server, engine: AsyncEngine, timeout_s: float) -> None:
+async def _drain(server: _Server, engine: AsyncEngine, loading: asyncio.Task[None], timeout_s: float) -> None:
     """After the signal: wait for requests under way, at most `timeout_s`, then end the rest and the engine.
 
     Uvicorn waits a little longer than this, so that what is ended here still reaches its clients.
     """
     await server.signalled.wait()
+    loading.cancel()  # a model that is still loading is not waited for
+    await asyncio.gather(loading, return_exceptions=True)
     deadline = asyncio.get_running_loop().time() + timeout_s
     while engine.num_requests and not server.force_exit and asyncio.get_running_loop().time() < deadline:
         await asyncio.sleep(0.02)

@@ -329,6 +329,16 @@ def test_the_port_answers_503_while_the_model_loads() -> None:
         assert httpx2.get(f"{url}/health").status_code == 200
 
 
+def test_a_signal_while_the_model_loads_exits_with_0() -> None:
+    with running("--log-level", "info", wait=False) as server:
+        server.wait_for("Loading")
+        eventually(lambda: bool(psutil.Process(server.process.pid).children()), 30)
+        engine = server.engine
+        assert server.stop() == 0
+        assert not engine.is_running()
+        assert not any("error" in line or "Traceback" in line for line in server.lines)
+
+
 def test_a_damaged_file_is_one_sentence_and_status_1(tmp_path: Path) -> None:
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(demo_path().read_bytes()[:5_000_000])

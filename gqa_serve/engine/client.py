@@ -149,6 +149,7 @@ class AsyncEngine:
             await self._load(reader)
         except OSError as error:
             self.state = "failed"
+            await self._reap()
             raise ModelError(f"The engine process could not be started: {error}.") from error
         except BaseException:
             self.state = "failed"
