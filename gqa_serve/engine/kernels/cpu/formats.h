@@ -56,7 +56,17 @@ struct PackedWeight {
 //                                           [(c * r + m) * 4 + i]
 //                scale, sum + r0 * groups   groups runs of r: group g of row r0 + m is at [g * r + m]
 //
-// x = scale * q with -127 <= q <= 127, per row and group; `sum` is the sum of q over the group.
+// x = scale * q with -127 <= q <= 127, per row and group; `sum` is the sum of q over the group. An input that is
+// more than kOutlier times its group's mean magnitude has q = 0, so that it does not spoil the scale of the others; it
+// is in the row's list instead, in order: outliers + row * outlier_capacity(k), outlier_count[row] of them.
+constexpr int kOutlier = 8;
+static inline int outlier_capacity(int k) { return k / kOutlier + 1; } // more cannot exceed the mean that far
+
+struct Outlier {
+  int32_t input;
+  float value;
+};
+
 struct Activations {
   int rows, k, tile;
   bool quantized;
@@ -65,6 +75,8 @@ struct Activations {
   const int8_t* q;
   const float* scale;
   const int32_t* sum;
+  const Outlier* outliers;
+  const int32_t* outlier_count;
 
   int num_tiles() const { return (rows + tile - 1) / tile; }
   int tile_rows(int index) const { return index * tile + tile <= rows ? tile : rows - index * tile; }

@@ -12,6 +12,8 @@ namespace gqa {
 enum class Activation : uint8_t { Silu, Gelu, GeluTanh };
 enum class QKNorm : uint8_t { None, Head, Full };
 
+constexpr int kSumBlock = 256;
+
 // What rotate_and_write() needs of a layer beyond the cache. Norm weights are float32, null without QKNorm:
 // Head: [head_dim] each; Full: [num_heads * head_dim] and [num_kv_heads * head_dim].
 struct HeadParams {
@@ -54,6 +56,11 @@ struct Kernels {
                            const KVLayer& cache, int64_t slot);
   // The first index of the largest value, or -1 if one of the n values is not finite.
   int (*argmax)(const float* x, int n);
+  // The largest value; any number if one is not a number.
+  float (*row_max)(const float* x, int n);
+  // out[i] = exp((x[i] - best) / temperature), or 0 where x[i] < floor; sums[b] is their sum over the b-th
+  // kSumBlock of them.
+  void (*exponentials)(const float* x, int n, float best, float temperature, float floor, float* out, float* sums);
 
   // --- attention (attention.inl), see attention.h ---
   void (*attend)(const AttentionParams& p, const AttentionBatch& batch, const KVLayer& cache, const float* q,
@@ -65,6 +72,7 @@ struct Kernels {
 // The table of the instruction set in use; see isa.h.
 const Kernels& kernels_avx2();
 const Kernels& kernels_avx512();
+const Kernels& kernels_amx();
 const Kernels& kernels_neon();
 
 }  // namespace gqa

@@ -62,6 +62,7 @@ GQA_INLINE i32x16 iand(i32x16 a, i32x16 b)                 { return {_mm512_and_
 GQA_INLINE i32x16 ior(i32x16 a, i32x16 b)                  { return {_mm512_or_si512(a.v, b.v)}; }
 template <int N> GQA_INLINE i32x16 shift_left(i32x16 a)    { return {_mm512_slli_epi32(a.v, N)}; }
 template <int N> GQA_INLINE i32x16 shift_right(i32x16 a)   /* logical */ { return {_mm512_srli_epi32(a.v, N)}; }
+GQA_INLINE i32x16 shift_right_by(i32x16 a, int n)          { return {_mm512_srl_epi32(a.v, _mm_cvtsi32_si128(n))}; }
 GQA_INLINE i32x16 iota()                                   { return {_mm512_setr_epi32(0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15)}; }
 GQA_INLINE mask16 iless(i32x16 a, i32x16 b)                { return {_mm512_cmplt_epi32_mask(a.v, b.v)}; }
 GQA_INLINE f32x16 load_bf16(const uint16_t* p)  { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16))}; }
@@ -117,6 +118,7 @@ GQA_INLINE i32x16 iand(i32x16 x, i32x16 y)                 { return {_mm256_and_
 GQA_INLINE i32x16 ior(i32x16 x, i32x16 y)                  { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
 template <int N> GQA_INLINE i32x16 shift_left(i32x16 x)    { return {_mm256_slli_epi32(x.a, N), _mm256_slli_epi32(x.b, N)}; }
 template <int N> GQA_INLINE i32x16 shift_right(i32x16 x)   { return {_mm256_srli_epi32(x.a, N), _mm256_srli_epi32(x.b, N)}; }
+GQA_INLINE i32x16 shift_right_by(i32x16 x, int n)          { __m128i s = _mm_cvtsi32_si128(n); return {_mm256_srl_epi32(x.a, s), _mm256_srl_epi32(x.b, s)}; }
 GQA_INLINE i32x16 iota()                                   { return {_mm256_setr_epi32(0,1,2,3,4,5,6,7), _mm256_setr_epi32(8,9,10,11,12,13,14,15)}; }
 GQA_INLINE mask16 iless(i32x16 x, i32x16 y)                { return {_mm256_castsi256_ps(_mm256_cmpgt_epi32(y.a, x.a)), _mm256_castsi256_ps(_mm256_cmpgt_epi32(y.b, x.b))}; }
 GQA_INLINE __m256 bf16x8(const uint16_t* p)     { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16)); }
@@ -189,6 +191,7 @@ GQA_INLINE i32x16 iand(i32x16 a, i32x16 b)                 { GQA_EACH(i32x16, va
 GQA_INLINE i32x16 ior(i32x16 a, i32x16 b)                  { GQA_EACH(i32x16, vorrq_s32(a.v[i], b.v[i])); }
 template <int N> GQA_INLINE i32x16 shift_left(i32x16 a)    { GQA_EACH(i32x16, vshlq_n_s32(a.v[i], N)); }
 template <int N> GQA_INLINE i32x16 shift_right(i32x16 a)   { GQA_EACH(i32x16, vreinterpretq_s32_u32(vshrq_n_u32(vreinterpretq_u32_s32(a.v[i]), N))); }
+GQA_INLINE i32x16 shift_right_by(i32x16 a, int n)          { GQA_EACH(i32x16, vreinterpretq_s32_u32(vshlq_u32(vreinterpretq_u32_s32(a.v[i]), vdupq_n_s32(-n)))); }
 GQA_INLINE i32x16 iota()                                   { static const int32_t n[16] = {0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15}; return iload(n); }
 GQA_INLINE mask16 iless(i32x16 a, i32x16 b)                { GQA_EACH(mask16, vcltq_s32(a.v[i], b.v[i])); }
 GQA_INLINE f32x16 load_bf16(const uint16_t* p)             { GQA_EACH(f32x16, vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p + 4 * i), 16))); }
