@@ -5,13 +5,15 @@
 //
 // Softmax is online within a split of kSplit tokens, tile by tile of kTile; splits are merged in order of
 // position. Both sizes are fixed and start at position 0, so that a token's result does not depend on how
-// its prompt was chunked, what else is in the batch, or how many threads there are. A prefill item runs all
-// splits of its query tokens one after the other and merges as it goes; decode items are one split each, and a
-// merge puts them together by the same operations in the same order.
+// its prompt was chunked, what else is in the batch, or how many threads there are. An item runs all splits of
+// its query tokens one after the other and merges as it goes, or leaves them as partials, where there would be too
+// few items for the threads; a merge then puts them together by the same operations in the same order.
 // A sliding window skips tiles that no query of the item sees; skipping and masking give the same bits.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include "formats.h"
 
@@ -40,13 +42,14 @@ struct AttentionBatch {
 };
 
 // `count` query tokens of one request and KV head, over splits [split_begin, split_end). `partial` < 0: these
-// are all the splits the tokens see, the result goes to `out`. Else: one split, whose running maximum, sum and
-// weighted values for the G heads go to partial number `partial`.
+// are all the splits the tokens see, the result goes to `out`. Else: the running maximum, sum and weighted values
+// of the G heads of split `split_begin + s` and query token `token + t` go to partial number
+// `partial + t * partial_stride + s`.
 struct AttentionItem {
   int request, kv_head;
   int token, count; // first row of q, number of rows
   int split_begin, split_end;
-  int partial;
+  int partial, partial_stride;
 };
 
 // The partials [first, first + count) of one query token and KV head, in order of position.
@@ -54,5 +57,19 @@ struct AttentionMerge {
   int request, kv_head, token;
   int first, count;
 };
+
+// What one layer's attention is cut into. Items may run in any order on any thread, the longest are first; then
+// the merges, in any order.
+struct AttentionPlan {
+  std::vector<AttentionItem> items;
+  std::vector<AttentionMerge> merges;
+  int num_partials;
+};
+
+// The plan for layers of this shape and window. What is computed does not depend on it, nor on `threads`.
+AttentionPlan plan_attention(const AttentionParams& p, const AttentionBatch& batch, int threads);
+
+size_t partial_floats(const AttentionParams& p); // per partial
+size_t scratch_floats(const AttentionParams& p); // per thread
 
 }  // namespace gqa
