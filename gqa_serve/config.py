@@ -28,11 +28,36 @@ class EngineConfig:
     offline: bool = setting(False, "use only files already downloaded", "model")
     dtype: str = setting(
         "auto",
-        "precision of weights and KV cache; auto: the checkpoint's, float32 on a CPU",
+        "precision of weights that are not quantized; auto: as stored, float32 with the reference on a CPU",
         "model",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
+    quantization: str = setting(
+        "auto",
+        "int8, int4: quantize at load; none: dequantize exactly; auto: GGUF weights stay quantized",
+        "model",
+        choices=("auto", "none", "int8", "int4"),
+    )
     device: str = setting("auto", "where to run", "model", choices=("auto", "cpu", "cuda", "mps"))
+    backend: str = setting(
+        "auto",
+        "what computes; auto: native kernels on a CPU, plain torch elsewhere or where they were not built",
+        "model",
+        choices=("auto", "native", "reference"),
+    )
+    threads: int | None = setting(
+        None,
+        "threads that compute on a CPU; default: OMP_NUM_THREADS, else the physical cores it may use",
+        "model",
+        low=1,
+        high=1024,
+    )
+    cpu_isa: str = setting(
+        "auto",
+        "instruction set of the native kernels; auto: the best this CPU has",
+        "model",
+        choices=("auto", "avx2", "avx512", "amx", "neon"),
+    )
     seed: int | None = setting(
         None, "seed of requests that bring none; default: a new one each start", "model"
     )
@@ -47,7 +72,15 @@ class EngineConfig:
     max_waiting: int = setting(
         1024, "most requests queued beyond those running; more get a 429", "memory", low=0
     )
-    block_size: int = setting(16, "tokens per KV block", "memory", low=1, high=1024)
+    block_size: int = setting(
+        16, "tokens per KV block; native backend: a multiple of 16", "memory", low=1, high=1024
+    )
+    kv_cache_dtype: str = setting(
+        "auto",
+        "precision of K and V; auto: bfloat16 if the checkpoint is, else float32; reference: as its weights",
+        "memory",
+        choices=("auto", "float32", "bfloat16", "float16", "int8"),
+    )
     kv_cache_memory: int | None = setting(
         None,
         "memory for the KV cache, e.g. 2GiB; default: measured",
@@ -114,6 +147,12 @@ def collect(
 def openai_api_key(environ: Mapping[str, str] | None = None) -> str | None:
     """What OpenAI's clients read from OPENAI_API_KEY; empty is unset."""
     return (os.environ if environ is None else environ).get("OPENAI_API_KEY") or None
+
+
+def omp_num_threads(environ: Mapping[str, str] | None = None) -> int | None:
+    """What OMP_NUM_THREADS asks for at the outer level; None if it is unset or says nothing OpenMP reads."""
+    text = (os.environ if environ is None else environ).get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(text) if text.isdecimal() and int(text) > 0 else None
 
 
 def engine_environment() -> dict[str, str]:

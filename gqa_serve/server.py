@@ -158,15 +158,18 @@ def _announce(info: ModelInfo | None, listener: socket.socket, config: ServerCon
     name = config.served_model_name[0] if config.served_model_name else info.model
     shown = f"[{host}]" if ":" in host else host
     logger.info(
-        "%s (%s): %d query heads over %d KV heads; KV cache of %d tokens (%.1f GiB); context %d; %s on %s.",
+        "%s (%s): %d query heads over %d KV heads; %s weights; %s KV cache of %d tokens (%.1f GiB); "
+        "context %d; %s backend on %s.",
         name,
         info.architecture,
         info.num_heads,
         info.num_kv_heads,
+        info.dtype,
+        info.kv_dtype,
         info.num_blocks * info.block_size,
         info.num_blocks * info.block_size * info.kv_bytes_per_token / 2**30,
         info.max_model_len,
-        info.dtype,
+        info.backend,
         info.device,
     )
     body = f'{{"model": "{name}", "temperature": 0, "messages": [{{"role": "user", "content": "Hello!"}}]}}'

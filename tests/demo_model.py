@@ -48,6 +48,11 @@ def oracle_greedy(model: Any, prompt: list[int], num_tokens: int) -> list[int]:
 
 
 def demo_engine(path: Path, runner: ModelRunner | None = None, **settings: Any) -> Engine:
-    """An engine over the demo model; pass another engine's runner to share its weights and cache size."""
-    config = EngineConfig(model="demo", dtype="float32", **{"kv_cache_memory": 2**28, **settings})
+    """The reference backend over the demo model, in float32, unless `settings` say otherwise.
+
+    Pass another engine's runner to share its weights and cache size.
+    """
+    config = EngineConfig(
+        model="demo", **{"dtype": "float32", "backend": "reference", "kv_cache_memory": 2**28, **settings}
+    )
     return Engine(runner or ModelRunner(path, config), config)

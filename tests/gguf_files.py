@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from gguf.quants import quantize
 
+from gqa_serve.engine.weights.block_tensor import BlockTensor
+
 PERMUTED = {"llama", "mistral3", "smollm3", "granite"}
 NORM_PLUS_ONE = {"gemma2", "gemma3"}
 
@@ -108,6 +110,11 @@ def randomize(model: torch.nn.Module, seed: int = 0) -> None:
         for parameter in model.parameters():
             values = torch.randn(parameter.shape, generator=generator) * 0.1
             parameter.copy_(values + (1.0 if parameter.ndim == 1 else 0.0))
+
+
+def numbers(tensor: torch.Tensor | BlockTensor) -> torch.Tensor:
+    """What a checkpoint yielded, as numbers of its own."""
+    return tensor.clone() if isinstance(tensor, torch.Tensor) else tensor.dequantize()
 
 
 def reference_dequantize(tensor: torch.Tensor, quantization: gguf.GGMLQuantizationType) -> torch.Tensor:

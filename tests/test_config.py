@@ -14,6 +14,7 @@ from gqa_serve.config import (
     ServerConfig,
     collect,
     engine_environment,
+    omp_num_threads,
     openai_api_key,
 )
 from gqa_serve.errors import ConfigError
@@ -50,6 +51,8 @@ def test_every_field_is_a_flag_a_variable_and_a_line(tmp_path: Path) -> None:
     values = {
         "model": "m", "revision": "r", "download_dir": "d", "offline": "true", "dtype": "float16",
         "device": "cpu", "seed": "3", "max_model_len": "77", "max_num_seqs": "4", "block_size": "8",
+        "backend": "reference", "quantization": "int8", "kv_cache_dtype": "int8", "threads": "3",
+        "cpu_isa": "avx2",
         "max_num_batched_tokens": "99", "max_waiting": "5", "kv_cache_memory": "1MiB",
         "prefix_caching": "false", "host": "h", "port": "9", "served_model_name": "n",
         "chat_template": "t", "max_body_bytes": "2MiB", "drain_timeout": "1.5", "log_level": "debug",
@@ -93,6 +96,10 @@ def test_sizes_have_units(text: str | int, size: int) -> None:
         ("--port 70000", {}, "--port must be at most 65535"),
         ("--dtype int3", {}, "--dtype must be one of auto, float32"),
         ("--block-size 0", {}, "--block-size must be at least 1"),
+        ("--threads 0", {}, "--threads must be at least 1"),
+        ("--quantization int3", {}, "--quantization must be one of auto, none, int8, int4"),
+        ("--kv-cache-dtype int4", {}, "--kv-cache-dtype must be one of auto, float32"),
+        ("", {"GQA_SERVE_CPU_ISA": "sse2"}, "GQA_SERVE_CPU_ISA must be one of auto, avx2, avx512, amx, neon"),
         ("--max-num-batched-tokens 8", {}, "must be at least --max-num-seqs"),
         ("", {"GQA_SERVE_OFFLINE": "maybe"}, "GQA_SERVE_OFFLINE must be true or false"),
         ("", {"GQA_SERVE_PORT": "tcp://10.0.0.1:8000"}, "enableServiceLinks"),
@@ -209,6 +216,14 @@ def test_the_key_of_openais_clients(environ: dict[str, str], key: str | None) ->
     assert openai_api_key(environ) == key
 
 
+@pytest.mark.parametrize(
+    ("value", "threads"), [("3", 3), ("4,2", 4), (" 2 ", 2), ("", None), ("0", None), ("many", None)]
+)
+def test_openmps_own_variable_is_a_default(value: str, threads: int | None) -> None:
+    assert omp_num_threads({"OMP_NUM_THREADS": value}) == threads
+    assert omp_num_threads({}) is None
+
+
 def test_help_has_every_setting_and_its_default() -> None:
     parser = argparse.ArgumentParser()
     add_flags(parser, EngineConfig, ServerConfig)
@@ -216,7 +231,7 @@ def test_help_has_every_setting_and_its_default() -> None:
     for config in (EngineConfig, ServerConfig):
         for name in config.__dataclass_fields__:
             assert f"--{name.replace('_', '-')}" in text
-    assert "tokens per KV block (16)" in text
+    assert "most requests computed at once (128)" in text
 
 
 def test_the_page_of_settings_is_up_to_date() -> None:

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from backend_choice import BACKENDS
 from demo_model import demo_engine, demo_path, oracle, oracle_greedy
 from fake_runner import assert_conserved, request, run, tokens_of
 
 from gqa_serve import LLM, SamplingParams
+from gqa_serve.engine.backends import native_is_built
 from gqa_serve.engine.core import Engine
 from gqa_serve.engine.tokenizer import Tokenizer, load_tokenizer
 
@@ -49,9 +51,15 @@ def wanted(model: Any, prompts: list[list[int]]) -> list[list[int]]:
     return [oracle_greedy(model, prompt, NUM_TOKENS) for prompt in prompts]
 
 
+@pytest.fixture(scope="module", params=BACKENDS)
+def exact(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Settings of a backend that computes with the file's exact weights."""
+    return {"backend": request.param, "quantization": "none"}
+
+
 @pytest.fixture(scope="module")
-def engine(path: Path) -> Engine:
-    return demo_engine(path, max_num_seqs=32, max_num_batched_tokens=512)
+def engine(path: Path, exact: dict[str, Any]) -> Engine:
+    return demo_engine(path, max_num_seqs=32, max_num_batched_tokens=512, **exact)
 
 
 def test_logits_equal_transformers(engine: Engine, model: Any, prompts: list[list[int]]) -> None:
@@ -75,11 +83,13 @@ def test_greedy_alone_equals_transformers(
 
 
 def test_greedy_among_31_neighbours_with_chunks_hits_and_preemptions_equals_transformers(
-    engine: Engine, path: Path, prompts: list[list[int]], wanted: list[list[int]]
+    path: Path, exact: dict[str, Any], prompts: list[list[int]], wanted: list[list[int]]
 ) -> None:
     # The same weights over a pool so small that requests must give way, chunks of at most 48 tokens.
     rng = random.Random(0)
-    small = demo_engine(path, max_num_seqs=32, max_num_batched_tokens=48, kv_cache_memory=40 * 16 * 46080)
+    small = demo_engine(
+        path, max_num_seqs=32, max_num_batched_tokens=48, kv_cache_memory=40 * 16 * 46080, **exact
+    )
     order = ["wanted"] * len(prompts) + ["random"] * 31
     rng.shuffle(order)
     ours = list(range(len(prompts)))
@@ -111,7 +121,7 @@ def test_greedy_among_31_neighbours_with_chunks_hits_and_preemptions_equals_tran
 def test_llm_generates_chats_and_streams(
     prompts: list[list[int]], wanted: list[list[int]], tokenizer: Tokenizer
 ) -> None:
-    llm = LLM("demo", kv_cache_memory="128MiB", progress=False)
+    llm = LLM("demo", quantization="none", kv_cache_memory="128MiB", progress=False)
     greedy = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
     output, other = llm.generate([TEXTS[1], prompts[2]], greedy)
     assert output.outputs[0].token_ids == wanted[1]
@@ -136,3 +146,22 @@ def test_llm_generates_chats_and_streams(
     several = llm.generate(TEXTS[1], SamplingParams(n=3, seed=1, max_tokens=8))[0]
     assert len({choice.text for choice in several.outputs}) == 3
     assert [choice.index for choice in several.outputs] == [0, 1, 2]
+
+
+@pytest.mark.skipif(not native_is_built(), reason="the native kernels are not built")
+def test_the_files_own_blocks_stay_close(path: Path, model: Any, prompts: list[list[int]]) -> None:
+    """4-bit weights as they are and 8-bit activations change the next token's distribution little."""
+    served = demo_engine(path, backend="native", quantization="auto", dtype="auto")
+    assert served.info.weight_bytes < 1.02 * path.stat().st_size
+    prompt = prompts[3]
+    served.add(request("score", prompt, prompt_logprobs=0, max_tokens=0))
+    (output,) = run(served)["score"]
+    with torch.inference_mode():
+        exact = torch.log_softmax(model(torch.tensor([prompt])).logits[0].double(), -1)
+    assert output.prompt_logprobs is not None
+    errors = [
+        abs(entry.logprob - float(exact[position, prompt[position + 1]]))
+        for position, entry in enumerate(output.prompt_logprobs[1:])
+        if entry is not None
+    ]
+    assert sum(errors) / len(errors) < 0.05

@@ -83,7 +83,9 @@ class RunningServer:
 @contextmanager
 def running(*flags: str, wait: bool = True) -> Iterator[RunningServer]:
     demo_path()  # skips where the weights are missing
-    server = RunningServer("--model", "demo", "--port", "0", "--kv-cache-memory", "512MiB", *flags)
+    # Exact weights, so that every backend gives the one answer.
+    exact = ("--quantization", "none", "--kv-cache-memory", "512MiB")
+    server = RunningServer("--model", "demo", "--port", "0", *exact, *flags)
     try:
         yield server.ready() if wait else server
     finally:

@@ -20,7 +20,7 @@ from gqa_serve.engine.batch import PlanRow, StepPlan
 from gqa_serve.engine.block_pool import BlockPool
 from gqa_serve.engine.kv_manager import KVManager
 from gqa_serve.engine.request import EngineRequest, FinishReason, ModelInfo, Request, TokenOutput
-from gqa_serve.engine.sampler import Sample, Sampler, token_logprobs
+from gqa_serve.engine.sampler import RowOperations, Sample, Sampler, token_logprobs
 from gqa_serve.engine.scheduler import Scheduler, SchedulerLimits
 from gqa_serve.errors import ContextLengthError, RequestError
 
@@ -47,11 +47,15 @@ class Runner(Protocol):
     def eos_token_ids(self) -> Sequence[int]:
         """Tokens that end a sequence."""
 
+    @property
+    def row_operations(self) -> RowOperations | None:
+        """What the sampler computes rows of logits with; None for plain torch."""
+
     def execute(self, plan: StepPlan) -> torch.Tensor:
         """Compute the plan; hidden states [R, E] of the rows whose logits it asks for."""
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[R, E] -> [R, V] float32."""
+        """[R, E] -> [R, V] float32, which the next call may overwrite."""
 
 
 class Engine:
@@ -63,7 +67,7 @@ class Engine:
         limits = SchedulerLimits(config.max_num_seqs, config.max_num_batched_tokens)
         kv = KVManager(BlockPool(self.info.num_blocks, self.info.block_size))
         self.scheduler = Scheduler(kv, limits, prefix_caching=config.prefix_caching)
-        self.sampler = Sampler(runner.eos_token_ids)
+        self.sampler = Sampler(runner.eos_token_ids, runner.row_operations)
         self._eos = frozenset(runner.eos_token_ids)
         self._seeds = random.Random(config.seed)
         self._arrivals = 0
@@ -128,7 +132,8 @@ class Engine:
         self._score_prompts(scheduled, hidden)
         if not sampling:
             return []
-        logits = self.runner.logits(hidden[[end for _, end in sampling]])
+        ends = [end for _, end in sampling]
+        logits = self.runner.logits(hidden if len(ends) == len(hidden) else hidden[ends])
         return self.sampler.sample(logits, [request for request, _ in sampling])
 
     def _score_prompts(self, scheduled: list[tuple[Request, PlanRow]], hidden: torch.Tensor) -> None:

@@ -1,6 +1,7 @@
 """The KV tensors: one K and one V per layer, holding only the KV heads.
 
-Owns the memory and its layout; `block_pool.py` owns which block belongs to whom.
+Owns what every backend's cache has in common (`KVCache`) and the plain one (`TensorKVCache`); `block_pool.py`
+owns which block belongs to whom.
 
     k[layer]:  [num_blocks, num_kv_heads, block_size, head_dim]
                     |            |             `---- one KV head of one block is one contiguous run,
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -26,9 +27,19 @@ if TYPE_CHECKING:
     from gqa_serve.engine.model_config import ModelConfig
 
 
+class KVCache(Protocol):
+    """K and V of all layers; how they lie in memory is the business of the backend that allocated them."""
+
+    @property
+    def block_size(self) -> int: ...
+
+    @property
+    def num_blocks(self) -> int: ...
+
+
 @dataclass
-class KVCache:
-    """K and V of all layers; see the module's picture for the shape."""
+class TensorKVCache:
+    """K and V of all layers as torch tensors; see the module's picture for the shape."""
 
     k: list[torch.Tensor]
     v: list[torch.Tensor]
@@ -38,7 +49,7 @@ class KVCache:
     @classmethod
     def allocate(
         cls, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
-    ) -> KVCache:
+    ) -> TensorKVCache:
         """Zeroed cache of `num_blocks` blocks of `block_size` tokens for every layer of `config`.
 
         Raises CacheCapacityError if the device does not have the memory.
@@ -59,8 +70,3 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
-
-
-def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one block over all layers: 2 (K, V) * layers * KV heads * block_size * head_dim * itemsize."""
-    return block_size * config.kv_bytes_per_token(dtype.itemsize)

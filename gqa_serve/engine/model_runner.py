@@ -14,13 +14,15 @@ from pathlib import Path
 import psutil
 import torch
 
-from gqa_serve.config import EngineConfig
-from gqa_serve.engine.backends import create_backend
-from gqa_serve.engine.batch import ForwardBatch, PlanRow, StepPlan
-from gqa_serve.engine.kv_cache import KVCache, block_bytes
+from gqa_serve.config import EngineConfig, omp_num_threads
+from gqa_serve.engine.backends import BackendOptions, create_backend
+from gqa_serve.engine.backends.base import Backend
+from gqa_serve.engine.batch import PlanRow, StepPlan
+from gqa_serve.engine.cpus import usable_cores
 from gqa_serve.engine.model_config import ModelConfig
 from gqa_serve.engine.models.loader import load_model
 from gqa_serve.engine.request import ModelInfo, sampling_defaults
+from gqa_serve.engine.sampler import RowOperations
 from gqa_serve.engine.weights.checkpoint import open_checkpoint
 from gqa_serve.engine.weights.hub import demo_defaults
 from gqa_serve.errors import CacheCapacityError, ConfigError, ModelError, RequestError
@@ -32,6 +34,7 @@ logger = logging.getLogger(__name__)
 _CPU_MEMORY_SHARE = 0.5
 _CPU_KV_CACHE = 4 * 2**30  # unless one request of the longest context needs more
 _GPU_MEMORY_SHARE = 0.9
+_QUANTIZED = ("int8", "int4")
 
 OnTensor = Callable[[int, int], None]
 """Called with (tensors loaded, tensors in all)."""
@@ -51,8 +54,7 @@ class ModelRunner:
         if config.max_model_len is not None:
             self.config = self.config.with_max_model_len(config.max_model_len)
         self.device = choose_device(config.device)
-        self.dtype = choose_dtype(config.dtype, self.config.dtype, self.device)
-        self.backend = create_backend(self.device)
+        self.backend = _make_backend(config, self.config, self.device)
         loaded = 0
 
         def count(_name: str) -> None:
@@ -64,15 +66,16 @@ class ModelRunner:
         self.model = load_model(
             checkpoint,
             self.config,
-            dtype=self.dtype,
             device=self.device,
             backend=self.backend,
             on_tensor=count,
         )
+        self._forward = self.backend.compile(self.model)
         self._warm_up(config)
         num_blocks = self._num_blocks(config)
         max_model_len = _fit_context(config, self.config.max_model_len, num_blocks * config.block_size)
-        self.cache = KVCache.allocate(self.config, num_blocks, config.block_size, self.dtype, self.device)
+        self.cache = self.backend.allocate_cache(self.config, num_blocks, config.block_size)
+        quantized = [name for name in self.model.weight_formats if name in _QUANTIZED]
         self.info = ModelInfo(
             model=config.model,
             architecture=self.config.architecture,
@@ -82,9 +85,11 @@ class ModelRunner:
             num_kv_heads=self.config.num_kv_heads,
             num_blocks=num_blocks,
             block_size=config.block_size,
-            kv_bytes_per_token=self.config.kv_bytes_per_token(self.dtype.itemsize),
+            kv_bytes_per_token=self.backend.block_bytes(self.config, config.block_size) // config.block_size,
+            kv_dtype=self.backend.kv_dtype,
             weight_bytes=self.model.weight_bytes,
-            dtype=str(self.dtype).removeprefix("torch."),
+            dtype=next(iter(self.model.weight_formats)),
+            quantization="+".join(quantized) or "none",
             device=str(self.device),
             backend=self.backend.name,
             max_num_seqs=config.max_num_seqs,
@@ -97,16 +102,19 @@ class ModelRunner:
         """Tokens that end a sequence, from config.json and generation_config.json."""
         return self.config.eos_token_ids
 
+    @property
+    def row_operations(self) -> RowOperations | None:
+        """The sampler's operations on logits, if the backend has its own."""
+        return self.backend.row_operations()
+
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> torch.Tensor:
         """Compute the plan's tokens, writing their K and V; hidden states [R, E] of its logit rows."""
-        batch = ForwardBatch.from_plan(plan, self.cache.block_size, self.device)
-        hidden: torch.Tensor = self.model(batch, self.cache)
-        return hidden[batch.logit_rows]
+        return self._forward(plan, self.cache)
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[R, E] -> [R, V] float32."""
+        """[R, E] -> [R, V] float32, which the next call may overwrite."""
         logits: torch.Tensor = self.model.logits(hidden)
         return logits
 
@@ -117,13 +125,13 @@ class ModelRunner:
             config.max_num_batched_tokens if self.device.type != "cpu" else 32, self.config.max_model_len
         )
         blocks = -(-tokens // config.block_size)
-        self.cache = KVCache.allocate(self.config, blocks, config.block_size, self.dtype, self.device)
+        self.cache = self.backend.allocate_cache(self.config, blocks, config.block_size)
         hidden = self.execute(StepPlan([PlanRow([0] * tokens, 0, list(range(blocks)), 1)]))
         self.logits(hidden)
 
     def _num_blocks(self, config: EngineConfig) -> int:
         """KV blocks: what --kv-cache-memory says, else a share of free memory, at most what could be used."""
-        size = block_bytes(self.config, config.block_size, self.dtype)
+        size = self.backend.block_bytes(self.config, config.block_size)
         blocks_per_request = -(-self.config.max_model_len // config.block_size)
         free = free_memory(self.device)
         asked = config.kv_cache_memory
@@ -180,12 +188,27 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def choose_dtype(name: str, checkpoint_dtype: str | None, device: torch.device) -> torch.dtype:
-    """The torch dtype for --dtype; auto is the checkpoint's, but float32 on a CPU, where it is faster."""
-    if name == "auto":
-        name = "float32" if device.type == "cpu" or checkpoint_dtype is None else checkpoint_dtype
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
+def _make_backend(config: EngineConfig, model: ModelConfig, device: torch.device) -> Backend:
+    """The backend that `config` asks for, after setting how many threads torch and it compute with."""
+    threads = config.threads or omp_num_threads() or usable_cores()
+    if device.type == "cpu" or config.threads is not None:
+        torch.set_num_threads(threads)
+    options = BackendOptions(
+        backend=config.backend,
+        dtype=config.dtype,
+        checkpoint_dtype=model.dtype,
+        quantization=config.quantization,
+        kv_cache_dtype=config.kv_cache_dtype,
+        threads=threads,
+        cpu_isa=config.cpu_isa,
+    )
+    backend = create_backend(device, options)
+    if config.block_size % backend.block_multiple:
+        raise ConfigError(
+            f"--block-size {config.block_size} is not a multiple of {backend.block_multiple}, which the "
+            f"{backend.name} backend needs; use {backend.block_multiple} or --backend reference."
+        )
+    return backend
 
 
 def free_memory(device: torch.device) -> int:

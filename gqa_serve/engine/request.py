@@ -223,8 +223,12 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     num_blocks: int
     block_size: int
     kv_bytes_per_token: int
+    kv_dtype: str
     weight_bytes: int
     dtype: str
+    """How most of the weights are held: "bfloat16", "int8"."""
+    quantization: str
+    """The integer formats among the weights, joined by "+", the largest first; "none" without any."""
     device: str
     backend: str
     max_num_seqs: int

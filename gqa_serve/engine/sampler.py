@@ -14,7 +14,7 @@ import math
 import struct
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -32,11 +32,32 @@ class Sample(NamedTuple):
     logprobs: TokenLogprobs | None
 
 
+class RowOperations(Protocol):
+    """What a sampler does with whole rows of logits [R, V] float32; a backend may have its own."""
+
+    def argmax(self, logits: torch.Tensor) -> list[int]:
+        """The first index of each row's largest value, -1 for a row that holds a value that is not finite."""
+
+    def draw(
+        self,
+        logits: torch.Tensor,
+        rows: Sequence[int],
+        params: Sequence[SamplingParams],
+        units: Sequence[float],
+    ) -> list[int]:
+        """For each of `rows` the token at `units[i]` of the distribution that its parameters leave.
+
+        Temperature, then top-k, top-p, min-p; tokens that tie with the last one kept are kept. Logits may be
+        -inf. Rows without a finite logit give any number.
+        """
+
+
 class Sampler:
     """Stateless but for the token counts of requests that use penalties."""
 
-    def __init__(self, eos_token_ids: Iterable[int]) -> None:
+    def __init__(self, eos_token_ids: Iterable[int], operations: RowOperations | None = None) -> None:
         self._eos = sorted(eos_token_ids)
+        self._operations = operations if operations is not None else TorchRows()
         self._counts: dict[str, _TokenCounts] = {}
 
     def forget(self, request_id: str) -> None:
@@ -47,19 +68,27 @@ class Sampler:
         """One token per row of `logits` [R, V] float32; row r belongs to `requests[r]`."""
         if not requests:
             return []
-        finite = torch.isfinite(logits).all(dim=-1)  # [R]
+        tokens = self._operations.argmax(logits)
+        finite = [token >= 0 for token in tokens]
         logprobs = self._logprobs_rows(logits, requests)
-        adjusted = self._adjust(logits, requests)
-        # Penalties may overflow and bans may leave nothing to choose: those rows have no token either.
-        finite &= torch.isfinite(adjusted.amax(dim=-1))
-        tokens = adjusted.argmax(dim=-1)  # [R]
+        touched = [row for row, request in enumerate(requests) if _changes_logits(request)]
+        if touched:
+            logits = self._adjust(logits, requests, touched)
+            # Penalties may overflow and bans may leave nothing to choose: those rows have no token either.
+            best = logits[touched].max(dim=-1)
+            usable = torch.isfinite(best.values).tolist()
+            for row, token, ok in zip(touched, best.indices.tolist(), usable, strict=True):
+                tokens[row] = token
+                finite[row] &= ok
         drawn = [row for row, request in enumerate(requests) if request.params.temperature > _SAMPLING_EPS]
         if drawn:
-            chosen = adjusted if len(drawn) == len(requests) else adjusted[drawn]
-            tokens[drawn] = _draw(chosen, [requests[row] for row in drawn])
-        ids: list[int] = tokens.tolist()
+            params = [requests[row].params for row in drawn]
+            units = [random_unit(requests[row].seed, requests[row].num_tokens) for row in drawn]
+            for row, token in zip(drawn, self._operations.draw(logits, drawn, params, units), strict=True):
+                tokens[row] = token
+                finite[row] &= token >= 0
         result = []
-        for row, (token_id, ok) in enumerate(zip(ids, finite.tolist(), strict=True)):
+        for row, (token_id, ok) in enumerate(zip(tokens, finite, strict=True)):
             entry = None
             if ok and row in logprobs:
                 count = requests[row].params.logprobs or 0
@@ -75,11 +104,10 @@ class Sampler:
         values = torch.log_softmax(logits[wanted], dim=-1)
         return dict(zip(wanted, values, strict=True))
 
-    def _adjust(self, logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
-        """Logits after min_tokens, penalties and bias; a copy if anything changes."""
-        touched = [row for row, request in enumerate(requests) if _changes_logits(request)]
-        if not touched:
-            return logits
+    def _adjust(
+        self, logits: torch.Tensor, requests: Sequence[Request], touched: Sequence[int]
+    ) -> torch.Tensor:
+        """A copy of the logits with min_tokens, penalties and bias applied to the rows `touched`."""
         logits = logits.clone()
         penalised = [row for row in touched if _has_penalty(requests[row].params)]
         if penalised:
@@ -161,25 +189,39 @@ def _changes_logits(request: Request) -> bool:
     return bool(params.logit_bias) or _has_penalty(params) or request.num_output_tokens < params.min_tokens
 
 
-def _draw(logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
-    """One random token per row of `logits` [S, V]: temperature, then top-k, top-p, min-p, then the draw."""
-    device = logits.device
-    params = [request.params for request in requests]
-    temperature = torch.tensor([p.temperature for p in params], dtype=logits.dtype, device=device)
-    scaled = logits / temperature[:, None]
-    filtered = [row for row, p in enumerate(params) if p.top_k > 0 or p.top_p < 1 or p.min_p > 0]
-    if filtered:
-        floor = _filter_floor(scaled[filtered], [params[row] for row in filtered])
-        scaled[filtered] = scaled[filtered].masked_fill(scaled[filtered] < floor[:, None], -torch.inf)
-    cumulative = torch.softmax(scaled.double(), dim=-1).cumsum(dim=-1)  # [S, V]
-    total = cumulative[:, -1]
-    unit = [random_unit(request.seed, request.num_tokens) for request in requests]
-    target = torch.tensor(unit, dtype=torch.float64, device=device) * total
-    target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
-    target = target.nan_to_num()  # rows without a finite logit; `sample` gives them no token
-    # right=True: the first token whose cumulative probability exceeds the target, so never one of zero mass
-    drawn = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
-    return drawn.clamp_(max=logits.shape[-1] - 1)
+class TorchRows:
+    """RowOperations in plain torch, on any device."""
+
+    def argmax(self, logits: torch.Tensor) -> list[int]:
+        finite = torch.isfinite(logits).all(dim=-1)  # [R]
+        tokens: list[int] = torch.where(finite, logits.argmax(dim=-1), -1).tolist()
+        return tokens
+
+    def draw(
+        self,
+        logits: torch.Tensor,
+        rows: Sequence[int],
+        params: Sequence[SamplingParams],
+        units: Sequence[float],
+    ) -> list[int]:
+        if len(rows) != len(logits):
+            logits = logits[list(rows)]  # [S, V]
+        device = logits.device
+        temperature = torch.tensor([p.temperature for p in params], dtype=logits.dtype, device=device)
+        scaled = logits / temperature[:, None]
+        filtered = [row for row, p in enumerate(params) if p.top_k > 0 or p.top_p < 1 or p.min_p > 0]
+        if filtered:
+            floor = _filter_floor(scaled[filtered], [params[row] for row in filtered])
+            scaled[filtered] = scaled[filtered].masked_fill(scaled[filtered] < floor[:, None], -torch.inf)
+        cumulative = torch.softmax(scaled.double(), dim=-1).cumsum(dim=-1)  # [S, V]
+        total = cumulative[:, -1]
+        target = torch.tensor(units, dtype=torch.float64, device=device) * total
+        target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
+        target = target.nan_to_num()  # rows without a finite logit
+        # right=True: the first token whose cumulative probability exceeds the target, never one of no mass
+        drawn = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
+        tokens: list[int] = drawn.clamp_(max=logits.shape[-1] - 1).tolist()
+        return tokens
 
 
 def _filter_floor(scaled: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:

@@ -38,6 +38,7 @@ class FakeRunner:
     """`on_execute(plan)`, if given, runs before each step and may raise."""
 
     eos_token_ids = (EOS,)
+    row_operations = None
 
     def __init__(
         self,
@@ -60,8 +61,10 @@ class FakeRunner:
             num_blocks=num_blocks,
             block_size=block_size,
             kv_bytes_per_token=8,
+            kv_dtype="float32",
             weight_bytes=0,
             dtype="float32",
+            quantization="none",
             device="cpu",
             backend="fake",
             max_num_seqs=8,

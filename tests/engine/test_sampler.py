@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from gqa_serve.engine.request import EngineRequest, Request, SamplingParams
-from gqa_serve.engine.sampler import Sampler, _draw, _filter_floor, random_unit
+from gqa_serve.engine.sampler import Sampler, TorchRows, _filter_floor, random_unit
 
 VOCAB = 1000
 
@@ -79,8 +79,9 @@ def test_a_row_keeps_the_same_tokens_whatever_filters_its_neighbours_have() -> N
 def test_draws_follow_the_distribution() -> None:
     vocab, draws = 12, 20_000
     logits = random_logits(1, 3, vocab)
-    requests = [make([1], seed=seed, temperature=0.8, top_k=8) for seed in range(draws)]
-    tokens = _draw(logits.expand(draws, vocab).clone(), requests).tolist()
+    params = SamplingParams(temperature=0.8, top_k=8)
+    units = [random_unit(seed, 1) for seed in range(draws)]
+    tokens = TorchRows().draw(logits.expand(draws, vocab), range(draws), [params] * draws, units)
     warped = TopKLogitsWarper(8)(None, TemperatureLogitsWarper(0.8)(None, logits.double()))
     probs = torch.softmax(warped[0], -1)
     counts = Counter(tokens)
@@ -106,7 +107,7 @@ def test_repetition_penalty_as_in_transformers() -> None:
         make([5, 6, 7], [8, 8], repetition_penalty=1.3, temperature=0),
         make([1], temperature=0, seed=1),
     ]
-    ours = Sampler([])._adjust(logits, requests)
+    ours = Sampler([])._adjust(logits, requests, range(len(requests)))
     wanted = RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor([[5, 6, 7, 8, 8]]), logits[:1].clone())
     assert torch.allclose(ours[:1], wanted)
     assert torch.equal(ours[1], logits[1])
@@ -115,7 +116,7 @@ def test_repetition_penalty_as_in_transformers() -> None:
 def test_presence_and_frequency_penalties_count_output_tokens_only() -> None:
     logits = random_logits(1)
     request = make([5, 6], [7, 7, 7, 9], presence_penalty=0.5, frequency_penalty=0.25)
-    delta = (logits - Sampler([])._adjust(logits, [request]))[0]
+    delta = (logits - Sampler([])._adjust(logits, [request], [0]))[0]
     wanted = torch.zeros(VOCAB)
     wanted[7], wanted[9] = 0.5 + 3 * 0.25, 0.5 + 0.25
     assert torch.allclose(delta, wanted, atol=1e-5)

@@ -1,25 +1,33 @@
 """The operations a model is made of: what every backend must offer, and nothing a model may bypass.
 
-Owns the interface (`Backend`, `Linear`, `AttentionStep`) and `AttentionLayout`, the part of attention that is
-fixed when the model is loaded. Knows no implementation.
-Invariant: a model calls only these operations, so one model definition serves every backend, and
-`reference.py` says what each must compute.
+Owns the interface (`Backend`, `Packed`, `Linear`, `AttentionStep`) and `AttentionLayout`, the part of
+attention that is fixed when the model is loaded. Knows no implementation.
+Invariant: a model calls only these operations on activations and looks into none of them, so one model
+definition serves every backend, and a backend may record a forward pass with stand-ins for tensors.
+`reference.py` says what each operation must compute.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 
 from gqa_serve.engine.rope import Rotary
 
 if TYPE_CHECKING:
-    from gqa_serve.engine.batch import ForwardBatch
+    from gqa_serve.engine.batch import ForwardBatch, StepPlan
     from gqa_serve.engine.kv_cache import KVCache
     from gqa_serve.engine.model_config import Activation, ModelConfig
+    from gqa_serve.engine.models.decoder import Decoder
+    from gqa_serve.engine.sampler import RowOperations
+    from gqa_serve.engine.weights.block_tensor import BlockTensor
+
+Role = Literal["linear", "head", "embedding"]
+"""What a matrix is for. The one matrix of a model with tied embeddings is a "head" that is also looked up."""
 
 
 @dataclass(frozen=True)
@@ -63,21 +71,46 @@ class AttentionLayout:
         )
 
 
+class Packed(Protocol):
+    """One matrix [n, k] of the checkpoint in a backend's own layout and precision."""
+
+    @property
+    def nbytes(self) -> int:
+        """Memory it takes."""
+
+    @property
+    def format(self) -> str:
+        """How a weight is held: "float32", "bfloat16", "float16", "int8", "int4"."""
+
+
 class Linear(Protocol):
-    """A packed linear layer: x [T, in] -> x @ weight.T + bias [T, out]."""
+    """A linear layer: x [T, in] -> x @ weight.T + bias [T, out]."""
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True, eq=False)
+class HeadNorms:
+    """RMSNorm of queries and keys before the rotation. Weights are float32.
+
+    "head": each head by itself, `q` and `k` [D] (Qwen3, Gemma 3). "full": all query heads together, all key
+    heads together, `q` [H * D] and `k` [KV * D] (OLMo 2).
+    """
+
+    mode: Literal["head", "full"]
+    q: torch.Tensor
+    k: torch.Tensor
+    eps: float
 
 
 class AttentionStep(ABC):
     """Attention of one step, over all layers: what depends on the batch is computed once, when it is made."""
 
     @abstractmethod
-    def rotate_and_write(self, layer: int, qk: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Rotate queries and keys, write K and V of the new tokens into their slots.
+    def rotate_and_write(self, layer: int, qkv: torch.Tensor, norms: HeadNorms | None) -> torch.Tensor:
+        """Norm and rotate queries and keys, write K and V of the new tokens into their slots.
 
-        qk: [T, H + KV, D], query heads first; v: [T, KV, D]; either may be a view. Returns rotated queries
-        [T, H, D].
+        qkv: [T, (H + 2 KV) * D], query heads first, then keys, then values. Returns the queries [T, H, D].
         """
 
     @abstractmethod
@@ -90,26 +123,73 @@ class AttentionStep(ABC):
 
 
 class Backend(ABC):
-    """A set of kernels on one kind of device."""
+    """A set of kernels on one kind of device.
+
+    `kv_dtype` is how the KV cache holds numbers ("float32", "bfloat16", "float16", "int8"); `block_multiple`
+    divides every block size that the backend serves.
+    """
 
     name: str
+    kv_dtype: str
+    block_multiple: int = 1
+
+    # --- at load ---
 
     @abstractmethod
-    def pack_linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
-        """Take over weight [out, in] and bias [out], in whatever layout suits; called once, at load."""
+    def pack(self, weight: torch.Tensor | BlockTensor, role: Role) -> Packed:
+        """Copy a checkpoint's matrix [n, k] into the backend's layout; called as each tensor streams by.
+
+        `weight` may alias a file mapping and is not kept. Raises ValueError for numbers that cannot be
+        served, as the end of a sentence that begins with the tensor's name: "holds NaN".
+        """
+
+    @abstractmethod
+    def linear(self, parts: Sequence[Packed], bias: torch.Tensor | None) -> Linear:
+        """One layer out of matrices stacked along their outputs, in order; bias [out], float32."""
+
+    @abstractmethod
+    def block_bytes(self, config: ModelConfig, block_size: int) -> int:
+        """Bytes of one KV block over all layers, everything included that the cache keeps for it."""
+
+    @abstractmethod
+    def allocate_cache(self, config: ModelConfig, num_blocks: int, block_size: int) -> KVCache:
+        """A zeroed cache. Raises CacheCapacityError if the device does not have the memory."""
+
+    def compile(self, decoder: Decoder) -> Callable[[StepPlan, KVCache], torch.Tensor]:
+        """What runs the decoder's forward pass over a plan: hidden states [R, E] of its logit rows.
+
+        Here it is the pass itself; a backend may know a faster way.
+        """
+        from gqa_serve.engine.batch import ForwardBatch
+
+        def run(plan: StepPlan, cache: KVCache) -> torch.Tensor:
+            batch = ForwardBatch.from_plan(plan, cache.block_size, decoder.device)
+            return decoder.forward(batch, cache)[batch.logit_rows]
+
+        return run
+
+    def row_operations(self) -> RowOperations | None:
+        """The sampler's operations on rows of logits, where the backend has faster ones than plain torch."""
+        return None
+
+    # --- in a step ---
+
+    @abstractmethod
+    def embed(self, table: Packed, token_ids: torch.Tensor, scale: float) -> torch.Tensor:
+        """Rows of the table [V, E] times `scale`, which is first rounded to the model's dtype: [T, E]."""
 
     @abstractmethod
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in float32, returned in x's dtype.
 
-        weight is float32 and broadcasts against x: [D], or [heads, D] for x [T, heads, D].
+        x [T, E]; weight [E], float32.
         """
 
     @abstractmethod
     def add_rms_norm(
-        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, scale: float
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, eps: float, scale: float
     ) -> torch.Tensor:
-        """residual += scale * x in place, then rms_norm(residual). All [T, E]."""
+        """residual += scale * x in place, then rms_norm(residual), or `residual` without a weight. [T, E]."""
 
     @abstractmethod
     def gated_activation(self, gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
@@ -118,3 +198,10 @@ class Backend(ABC):
     @abstractmethod
     def prepare(self, batch: ForwardBatch, cache: KVCache, layout: AttentionLayout) -> AttentionStep:
         """What all layers of one step share: angles, slots, masks and the blocks to read per window."""
+
+    @abstractmethod
+    def logits(self, head: Linear, hidden: torch.Tensor, scale: float, cap: float | None) -> torch.Tensor:
+        """head(hidden [R, E]) * scale, then cap * tanh(logits / cap) where there is a cap: [R, V] float32.
+
+        The result may be overwritten by the next call.
+        """

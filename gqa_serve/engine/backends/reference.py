@@ -8,21 +8,39 @@ batch 1 a small model's step is mostly the cost of calling.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
 
-from gqa_serve.engine.backends.base import AttentionLayout, AttentionStep, Backend, Linear
+from gqa_serve.engine.backends.base import AttentionLayout, AttentionStep, Backend, Linear, Packed, Role
 from gqa_serve.engine.backends.reference_attention import ReferenceAttentionStep
+from gqa_serve.engine.kv_cache import KVCache, TensorKVCache
 
 if TYPE_CHECKING:
     from gqa_serve.engine.batch import ForwardBatch
-    from gqa_serve.engine.kv_cache import KVCache
-    from gqa_serve.engine.model_config import Activation
+    from gqa_serve.engine.model_config import Activation, ModelConfig
+    from gqa_serve.engine.weights.block_tensor import BlockTensor
 
 # Numbers of tokens for which weight @ x.T beats x @ weight.T on CPUs (measured with MKL, float32).
 _MIN_COLUMNS, _MAX_COLUMNS = 6, 48
+
+
+@dataclass(frozen=True, eq=False)
+class ReferenceMatrix:
+    """[n, k] in the backend's dtype, as it is."""
+
+    tensor: torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensor.nbytes
+
+    @property
+    def format(self) -> str:
+        return dtype_name(self.tensor.dtype)
 
 
 class ReferenceLinear:
@@ -44,20 +62,41 @@ class ReferenceLinear:
 
 
 class ReferenceBackend(Backend):
-    """The oracle."""
+    """The oracle. Weights and activations are in `dtype`, K and V in `kv_dtype` (default: the same)."""
 
     name = "reference"
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype, kv_dtype: torch.dtype | None = None) -> None:
+        self.device = device
+        self.dtype = dtype
+        self.cache_dtype = kv_dtype or dtype
+        self.kv_dtype = dtype_name(self.cache_dtype)
         # CPU matrix libraries multiply few rows by a tall weight much faster as weight times columns.
         self.columns = device.type == "cpu"
         # As tensors, because a Python number costs an operation of its own to become one.
         self.epsilons: dict[float, torch.Tensor] = {}
 
-    def pack_linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
-        return ReferenceLinear(weight, bias, self.columns)
+    def pack(self, weight: torch.Tensor | BlockTensor, role: Role) -> Packed:
+        tensor = weight if isinstance(weight, torch.Tensor) else weight.dequantize()
+        return ReferenceMatrix(tensor.to(self.device, self.dtype, copy=True))
+
+    def linear(self, parts: Sequence[Packed], bias: torch.Tensor | None) -> Linear:
+        tensors = [cast("ReferenceMatrix", part).tensor for part in parts]
+        weight = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+        return ReferenceLinear(weight, None if bias is None else bias.to(self.dtype), self.columns)
+
+    def block_bytes(self, config: ModelConfig, block_size: int) -> int:
+        return block_size * config.kv_bytes_per_token(self.cache_dtype.itemsize)
+
+    def allocate_cache(self, config: ModelConfig, num_blocks: int, block_size: int) -> KVCache:
+        return TensorKVCache.allocate(config, num_blocks, block_size, self.cache_dtype, self.device)
+
+    def embed(self, table: Packed, token_ids: torch.Tensor, scale: float) -> torch.Tensor:
+        rows = F.embedding(token_ids, cast("ReferenceMatrix", table).tensor)  # [T, E]
+        return rows if scale == 1.0 else rows * torch.tensor(scale, dtype=rows.dtype)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """Also for heads: weight [heads, D] and x [T, heads, D]."""
         wide = x.float()
         norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         epsilon = self.epsilons.get(eps)
@@ -68,9 +107,10 @@ class ReferenceBackend(Backend):
         return normed
 
     def add_rms_norm(
-        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, scale: float
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, eps: float, scale: float
     ) -> torch.Tensor:
-        return self.rms_norm(residual.add_(x, alpha=scale), weight, eps)
+        residual.add_(x, alpha=scale)
+        return residual if weight is None else self.rms_norm(residual, weight, eps)
 
     def gated_activation(self, gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
@@ -79,4 +119,15 @@ class ReferenceBackend(Backend):
         return F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none").mul_(up)
 
     def prepare(self, batch: ForwardBatch, cache: KVCache, layout: AttentionLayout) -> AttentionStep:
-        return ReferenceAttentionStep(batch, cache, layout)
+        return ReferenceAttentionStep(batch, cast("TensorKVCache", cache), layout, self.dtype, self.rms_norm)
+
+    def logits(self, head: Linear, hidden: torch.Tensor, scale: float, cap: float | None) -> torch.Tensor:
+        logits = head(hidden).float()  # [R, V]
+        if scale != 1.0:
+            logits = logits * scale
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "float32" of torch.float32."""
+    return str(dtype).removeprefix("torch.")

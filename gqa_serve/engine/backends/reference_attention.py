@@ -14,17 +14,18 @@ values: gathered padding repeats the request's own last block.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
-from gqa_serve.engine.backends.base import AttentionLayout, AttentionStep
+from gqa_serve.engine.backends.base import AttentionLayout, AttentionStep, HeadNorms
 
 if TYPE_CHECKING:
     from gqa_serve.engine.batch import ForwardBatch
-    from gqa_serve.engine.kv_cache import KVCache
+    from gqa_serve.engine.kv_cache import TensorKVCache
 
 # Scores (query rows * keys, per KV head) of one tile: bounds masks and score matrices to 16 MiB in float32.
 _MAX_TILE_SCORES = 4 << 20
@@ -82,25 +83,39 @@ class _Mask:
 
 
 class ReferenceAttentionStep(AttentionStep):
-    """One step: angles and slots, and per distinct window the pieces to compute."""
+    """One step: angles and slots, and per distinct window the pieces to compute. Computes in `dtype`."""
 
-    def __init__(self, batch: ForwardBatch, cache: KVCache, layout: AttentionLayout) -> None:
+    def __init__(
+        self,
+        batch: ForwardBatch,
+        cache: TensorKVCache,
+        layout: AttentionLayout,
+        dtype: torch.dtype,
+        rms_norm: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor],
+    ) -> None:
         self.cache = cache
+        self.cache_dtype = cache.k[0].dtype
         self.layout = layout
-        dtype = cache.k[0].dtype
+        self.rms_norm = rms_norm
+        self.split = (layout.num_heads + layout.num_kv_heads, layout.num_kv_heads)
         angles = [rotary.angles(batch.positions, dtype) for rotary in layout.rotaries]
         self.angles = [None if i is None else angles[i] for i in layout.layer_rotaries]
         self.blocks = batch.slots // cache.block_size  # [T]
         self.offsets = batch.slots % cache.block_size  # [T]
         pieces = [_plan(batch, cache.block_size, layout, window) for window in layout.windows]
         self.pieces = [pieces[i] for i in layout.layer_windows]
-        self.clamp = dtype == torch.float16
+        self.clamp = self.cache_dtype == torch.float16
 
-    def rotate_and_write(self, layer: int, qk: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def rotate_and_write(self, layer: int, qkv: torch.Tensor, norms: HeadNorms | None) -> torch.Tensor:
+        heads = qkv.view(qkv.shape[0], -1, self.layout.head_dim)  # [T, H + 2 KV, D]
+        qk, v = heads.split_with_sizes(self.split, 1)  # [T, H + KV, D], [T, KV, D]
+        if norms is not None:
+            qk = self._normalize(qk, norms)
         angles = self.angles[layer]
         if angles is not None:
             qk = _rotate(qk, *angles)
         q, k = qk.split_with_sizes((self.layout.num_heads, self.layout.num_kv_heads), 1)
+        k, v = k.to(self.cache_dtype), v.to(self.cache_dtype)
         if self.clamp:
             # A float16 overflow must not reach the request that owns the block next: a masked NaN is still a
             # NaN after the product with its zero weight.
@@ -109,6 +124,16 @@ class ReferenceAttentionStep(AttentionStep):
         self.cache.k[layer].transpose(1, 2).index_put_(where, k)  # view [num_blocks, block_size, KV, D]
         self.cache.v[layer].transpose(1, 2).index_put_(where, v)
         return q
+
+    def _normalize(self, qk: torch.Tensor, norms: HeadNorms) -> torch.Tensor:
+        """qk [T, H + KV, D] -> the same, normed."""
+        num_heads, num_kv_heads = self.layout.num_heads, self.layout.num_kv_heads
+        if norms.mode == "head":  # queries and keys in one call
+            weight = torch.cat((norms.q.expand(num_heads, -1), norms.k.expand(num_kv_heads, -1)))
+            return self.rms_norm(qk, weight, norms.eps)
+        q = self.rms_norm(qk[:, :num_heads].flatten(1), norms.q, norms.eps)  # [T, H * D]
+        k = self.rms_norm(qk[:, num_heads:].flatten(1), norms.k, norms.eps)  # [T, KV * D]
+        return torch.cat((q, k), dim=1).view(qk.shape)
 
     def attend(self, layer: int, q: torch.Tensor) -> torch.Tensor:
         pieces = self.pieces[layer]
@@ -135,7 +160,8 @@ class ReferenceAttentionStep(AttentionStep):
         layout = self.layout
         count, tokens = piece.num_requests, piece.tokens_per_request
         first, length = piece.keys.start, piece.keys.stop - piece.keys.start
-        k, v = k.narrow(2, first, length), v.narrow(2, first, length)  # [count, KV, keys, D]
+        k = k.narrow(2, first, length).to(q.dtype)  # [count, KV, keys, D]
+        v = v.narrow(2, first, length).to(q.dtype)
         if tokens == 1:
             folded = q.reshape(count, layout.num_kv_heads, layout.group_size, layout.head_dim)
         else:

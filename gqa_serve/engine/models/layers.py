@@ -21,8 +21,8 @@ class GatedMLP:
     def __init__(self, config: ModelConfig, parameters: Parameters, backend: Backend) -> None:
         self.backend = backend
         self.activation = config.activation
-        self.gate_up = parameters.linear("gate_up", backend)
-        self.down = parameters.linear("down", backend)
+        self.gate_up = parameters.linear("gate_up")
+        self.down = parameters.linear("down")
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self.down(self.backend.gated_activation(self.gate_up(x), self.activation))
@@ -43,7 +43,7 @@ class DecoderLayer:
         self.post_attn_norm = parameters.optional_norm("post_attn_norm")
         self.mlp_norm = parameters.optional_norm("mlp_norm")
         self.post_mlp_norm = parameters.optional_norm("post_mlp_norm")
-        self.attention = Attention(config, parameters, layer, backend)
+        self.attention = Attention(config, parameters, layer)
         self.mlp = GatedMLP(config, parameters, backend)
 
     def __call__(
@@ -53,13 +53,8 @@ class DecoderLayer:
         x = self.attention(x, step)
         if self.post_attn_norm is not None:
             x = self.backend.rms_norm(x, self.post_attn_norm, self.eps)
-        x = self._add(x, residual, self.mlp_norm)
+        x = self.backend.add_rms_norm(x, residual, self.mlp_norm, self.eps, self.scale)
         x = self.mlp(x)
         if self.post_mlp_norm is not None:
             x = self.backend.rms_norm(x, self.post_mlp_norm, self.eps)
-        return self._add(x, residual, next_norm)
-
-    def _add(self, x: torch.Tensor, residual: torch.Tensor, norm: torch.Tensor | None) -> torch.Tensor:
-        if norm is None:
-            return residual.add_(x, alpha=self.scale)
-        return self.backend.add_rms_norm(x, residual, norm, self.eps, self.scale)
+        return self.backend.add_rms_norm(x, residual, next_norm, self.eps, self.scale)

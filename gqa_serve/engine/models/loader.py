@@ -1,9 +1,9 @@
 """From a checkpoint's tensors to a Decoder.
 
-Owns the streaming copy: every parameter is allocated once in its final dtype and place, each tensor is
-copied into its rows as it comes by. Does not know file formats (`weights/`) or what the parameters mean.
-Invariant: when it returns, every row of every parameter was written exactly once; else it raises, naming the
-tensors. Peak memory is one copy of the model plus one tensor.
+Owns the streaming: each matrix is packed by the backend as it comes by, each vector copied into its rows.
+Does not know file formats (`weights/`) or what the parameters mean.
+Invariant: when it returns, every row of every parameter came from exactly one tensor; else it raises, naming
+the tensors. Peak memory is one copy of the model plus one tensor (reference backend: one fused parameter).
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from typing import Protocol
 
 import torch
 
-from gqa_serve.engine.backends.base import Backend
+from gqa_serve.engine.backends.base import Backend, Role
 from gqa_serve.engine.model_config import ModelConfig
 from gqa_serve.engine.models import family_of
 from gqa_serve.engine.models.decoder import Decoder
 from gqa_serve.engine.models.family import Family, WeightSlot, parameter_shapes, weight_slots
+from gqa_serve.engine.models.parameters import Loaded
+from gqa_serve.engine.weights.block_tensor import BlockTensor
 from gqa_serve.errors import ModelError
 
 _NAMED = 5
@@ -32,7 +34,7 @@ class TensorSource(Protocol):
     def tensor_shapes(self) -> Mapping[str, tuple[int, ...]]:
         """The shape of every tensor by name, without reading any."""
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor | BlockTensor]]:
         """Names and tensors, one by one; a tensor may alias a memory mapping."""
 
 
@@ -40,33 +42,28 @@ def load_model(
     checkpoint: TensorSource,
     config: ModelConfig,
     *,
-    dtype: torch.dtype,
     device: torch.device,
     backend: Backend,
     on_tensor: Callable[[str], None] | None = None,
 ) -> Decoder:
     """Load the weights of `config` from `checkpoint`; `on_tensor(name)` is called after each tensor.
 
-    Linear layers and embeddings are held in `dtype`; norm weights in float32, with Gemma's 1 added. Raises
-    ModelError if tensors are missing, unexpected, duplicated or wrongly shaped; names and shapes are compared
-    before any memory is taken, so that a wrong config.json costs none.
+    Matrices are held as the backend packs them; norm weights (with Gemma's 1 added) and biases in float32.
+    Raises ModelError if tensors are missing, unexpected, duplicated or wrongly shaped; names and shapes are
+    compared before any memory is taken, so that a wrong config.json costs none.
     """
     family = family_of(config.architecture)
     plan = _plan(checkpoint.tensor_shapes(), config, family)
-    parameters = {
-        name: torch.empty(shape, dtype=torch.float32 if _is_norm(name) else dtype, device=device)
-        for name, shape in parameter_shapes(config, family.names).items()
-    }
-    _copy_all(checkpoint.tensors(), plan, parameters, on_tensor)
+    loaded = Loaded()
+    for name, shape in parameter_shapes(config, family.names).items():
+        if len(shape) == 1:
+            loaded.vectors[name] = torch.empty(shape, dtype=torch.float32, device=device)
+    _load_all(checkpoint.tensors(), plan, config, backend, loaded, on_tensor)
     if config.norm_plus_one:
-        for name, parameter in parameters.items():
-            if _is_norm(name):
-                parameter.add_(1.0)
-    return Decoder(config, parameters, backend, device)
-
-
-def _is_norm(parameter: str) -> bool:
-    return parameter.split(".")[-2].endswith("norm")
+        for name, vector in loaded.vectors.items():
+            if name.split(".")[-2].endswith("norm"):
+                vector.add_(1.0)
+    return Decoder(config, loaded, backend, device)
 
 
 def _plan(
@@ -115,20 +112,22 @@ def _plan(
     return plan
 
 
-def _copy_all(
-    tensors: Iterable[tuple[str, torch.Tensor]],
+def _load_all(
+    tensors: Iterable[tuple[str, torch.Tensor | BlockTensor]],
     plan: Mapping[str, WeightSlot | None],
-    parameters: dict[str, torch.Tensor],
+    config: ModelConfig,
+    backend: Backend,
+    loaded: Loaded,
     on_tensor: Callable[[str], None] | None,
 ) -> None:
-    """Copy each tensor into its slot. What comes must be what the headers named, each once."""
+    """Put each tensor into its slot. What comes must be what the headers named, each once."""
     left = dict(plan)
     for name, tensor in tensors:
         if name not in left:
             raise _twice(name)
         slot = left.pop(name)
         if slot is not None:
-            _copy(name, tensor, slot, parameters)
+            _load(name, tensor, slot, config, backend, loaded)
         if on_tensor is not None:
             on_tensor(name)
     if left:
@@ -143,13 +142,34 @@ def _key(slot: WeightSlot) -> tuple[str, int]:
     return slot.parameter, slot.row
 
 
-def _copy(name: str, tensor: torch.Tensor, slot: WeightSlot, parameters: dict[str, torch.Tensor]) -> None:
-    if not tensor.is_floating_point():
+def _load(
+    name: str,
+    tensor: torch.Tensor | BlockTensor,
+    slot: WeightSlot,
+    config: ModelConfig,
+    backend: Backend,
+    loaded: Loaded,
+) -> None:
+    if isinstance(tensor, torch.Tensor) and not tensor.is_floating_point():
         raise ModelError(
             f"Tensor {name} holds {str(tensor.dtype).removeprefix('torch.')} numbers; quantized weights are "
             "served from GGUF files only."
         )
-    parameters[slot.parameter][slot.row : slot.row + slot.shape[0]].copy_(tensor)
+    if slot.parameter in loaded.vectors:
+        vector = tensor if isinstance(tensor, torch.Tensor) else tensor.dequantize()
+        loaded.vectors[slot.parameter][slot.row : slot.row + slot.shape[0]].copy_(vector)
+        return
+    try:
+        packed = backend.pack(tensor, _role(slot.parameter, config))
+    except ValueError as error:
+        raise ModelError(f"Tensor {name} {error}.") from error
+    loaded.matrices.setdefault(slot.parameter, {})[slot.row] = packed
+
+
+def _role(parameter: str, config: ModelConfig) -> Role:
+    if parameter == "lm_head.weight" or (parameter == "embed.weight" and config.tie_embeddings):
+        return "head"
+    return "embedding" if parameter == "embed.weight" else "linear"
 
 
 def _is_ignored(name: str, config: ModelConfig, family: Family) -> bool:

@@ -17,6 +17,8 @@ from gqa_serve.errors import ModelError
 if TYPE_CHECKING:
     import torch
 
+    from gqa_serve.engine.weights.block_tensor import BlockTensor
+
 GGUF_MAGIC = b"GGUF"
 
 
@@ -42,8 +44,8 @@ class Checkpoint(ABC):
         """Hugging Face name -> shape of every tensor that `tensors` will yield, from the headers."""
 
     @abstractmethod
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield `(Hugging Face name, tensor)`, one at a time.
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor | BlockTensor]]:
+        """Yield `(Hugging Face name, tensor)`, one at a time; a quantized matrix as a `BlockTensor`.
 
         A tensor may alias a file mapping: copy it before asking for the next one, never write to it.
         Raises `ModelError` if a tensor cannot be read.

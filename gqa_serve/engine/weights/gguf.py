@@ -1,8 +1,9 @@
 """A GGUF file as a `Checkpoint`: what llama.cpp's converter did is undone on the way in.
 
-Owns opening the file (or all parts of a split one), and streaming its tensors as float32 under Hugging
-Face names. The container is `gguf_file`, metadata is `gguf_config`, names and permutations are
-`gguf_names`. Invariant: a yielded tensor equals what the safetensors checkpoint held, up to quantization.
+Owns opening the file (or all parts of a split one), and streaming its tensors under Hugging Face names:
+quantized matrices as `BlockTensor`, other matrices in the precision of the file, vectors in float32. The
+container is `gguf_file`, metadata is `gguf_config`, names and permutations are `gguf_names`.
+Invariant: a yielded tensor equals what the safetensors checkpoint held, up to quantization.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from gguf.constants import GGMLQuantizationType
 
+from gqa_serve.engine.weights.block_tensor import BlockTensor
 from gqa_serve.engine.weights.checkpoint import Checkpoint
 from gqa_serve.engine.weights.gguf_config import translate_config, translate_generation_config
 from gqa_serve.engine.weights.gguf_file import GgufFile, GgufTensor, total_bytes
@@ -67,14 +70,14 @@ class GgufCheckpoint(Checkpoint):
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tensor.shape for name, tensor in self._tensors.items()}
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        import torch  # here alone: reading metadata must not cost its import
-
-        num_heads = self.raw_config["num_attention_heads"]
-        num_kv_heads = self.raw_config["num_key_value_heads"]
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor | BlockTensor]]:
+        heads = self.raw_config["num_attention_heads"], self.raw_config["num_key_value_heads"]
         for name, stored in self._tensors.items():
-            tensor = torch.from_numpy(stored.to_float32())
-            yield name, undo_conversion(name, tensor, self._rules, num_heads, num_kv_heads)
+            if stored.is_quantized_matrix:
+                rows = undo_conversion(name, _numbers(stored), self._rules, *heads)
+                yield name, BlockTensor(name, stored.type.name, (stored.shape[0], stored.shape[1]), rows)
+            else:
+                yield name, undo_conversion(name, _numbers(stored), self._rules, *heads)
 
     def _check_permutable(self) -> None:
         heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
@@ -118,6 +121,24 @@ def _all_tensors(first: GgufFile) -> list[GgufTensor]:
             f"{first.path}: the parts hold {len(tensors)} tensors, not {expected}; download all again."
         )
     return list(tensors.values())
+
+
+def _numbers(stored: GgufTensor) -> torch.Tensor:
+    """A matrix in the file's own precision, a quantized one as its bytes by rows; all else in float32.
+
+    May alias the mapping.
+    """
+    import torch  # here alone: reading metadata must not cost its import
+
+    if stored.is_quantized_matrix:
+        return torch.from_numpy(stored.data.reshape(stored.shape[0], -1))
+    dtype = _PLAIN_DTYPES.get(stored.type)
+    if dtype is None or dtype == "float32" or len(stored.shape) == 1:
+        return torch.from_numpy(stored.to_float32())
+    numbers = stored.data.view(np.int16)  # numpy knows no bfloat16
+    if not numbers.flags.aligned:
+        numbers = numbers.copy()
+    return torch.from_numpy(numbers).view(getattr(torch, dtype)).view(stored.shape)
 
 
 def _stored_dtype(tensors: Mapping[str, GgufTensor]) -> str | None:

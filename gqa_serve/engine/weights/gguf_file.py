@@ -54,6 +54,11 @@ class GgufTensor:
     num_bytes: int
     data: npt.NDArray[np.uint8]  # [num_bytes], aliases the mapping
 
+    @property
+    def is_quantized_matrix(self) -> bool:
+        """Two dimensions, in blocks of several numbers."""
+        return len(self.shape) == 2 and GGML_QUANT_SIZES[self.type][0] > 1
+
     def to_float32(self) -> npt.NDArray[np.float32]:
         """Dequantize to a float32 array of `shape`; F32 aliases the (copy-on-write) mapping.
 
@@ -61,21 +66,31 @@ class GgufTensor:
         """
         if self.type is GGMLQuantizationType.F32:
             return self.data.view(np.float32).reshape(self.shape)
-        block_size, type_size = GGML_QUANT_SIZES[self.type]
-        out = np.empty(math.prod(self.shape), dtype=np.float32)
-        chunk = WEIGHTS_PER_CHUNK // block_size
-        blocks = self.data.reshape(-1, type_size)
-        for start in range(0, len(blocks), chunk):
-            part = blocks[start : start + chunk].reshape(1, -1)  # one row: one vectorized call
-            try:
-                values = dequantize(part, self.type)
-            except NotImplementedError as error:
-                raise UnsupportedModelError(
-                    f"Tensor {self.name} is stored as {self.type.name}, which cannot be dequantized; "
-                    "use a file with another quantization, such as Q4_K_M or Q8_0."
-                ) from error
-            out[start * block_size : start * block_size + values.size] = values.reshape(-1)
-        return out.reshape(self.shape)
+        return dequantize_blocks(self.data, self.type, self.shape, self.name)
+
+
+def dequantize_blocks(
+    data: npt.NDArray[np.uint8], kind: GGMLQuantizationType, shape: tuple[int, ...], name: str
+) -> npt.NDArray[np.float32]:
+    """The numbers of `data`, whole blocks of type `kind` in any shape, as a new float32 array of `shape`.
+
+    Raises `UnsupportedModelError`, naming the tensor, for a type the `gguf` library cannot dequantize.
+    """
+    block_size, type_size = GGML_QUANT_SIZES[kind]
+    out = np.empty(math.prod(shape), dtype=np.float32)
+    chunk = WEIGHTS_PER_CHUNK // block_size
+    blocks = data.reshape(-1, type_size)
+    for start in range(0, len(blocks), chunk):
+        part = blocks[start : start + chunk].reshape(1, -1)  # one row: one vectorized call
+        try:
+            values = dequantize(part, kind)
+        except NotImplementedError as error:
+            raise UnsupportedModelError(
+                f"Tensor {name} is stored as {kind.name}, which cannot be dequantized; "
+                "use a file with another quantization, such as Q4_K_M or Q8_0."
+            ) from error
+        out[start * block_size : start * block_size + values.size] = values.reshape(-1)
+    return out.reshape(shape)
 
 
 class GgufFile:

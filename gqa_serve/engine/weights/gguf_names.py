@@ -104,7 +104,10 @@ def hf_name(name: str, architecture: str) -> str:
 def undo_conversion(
     name: str, tensor: torch.Tensor, rules: TensorRules, num_heads: int, num_kv_heads: int
 ) -> torch.Tensor:
-    """Give a tensor (under its Hugging Face name) the value it has in a Hugging Face checkpoint."""
+    """Give a tensor (under its Hugging Face name) the value it has in a Hugging Face checkpoint.
+
+    Of a quantized matrix, `tensor` is its bytes by rows: a permutation moves whole rows.
+    """
     owner = name.rsplit(".", 2)[-2]  # "...self_attn.q_proj.weight" -> "q_proj"
     if rules.permuted and owner in ("q_proj", "k_proj"):
         return unpermute(tensor, num_heads if owner == "q_proj" else num_kv_heads)

@@ -19,6 +19,8 @@ from gqa_serve.errors import ModelError, UnsupportedModelError
 if TYPE_CHECKING:
     import torch
 
+    from gqa_serve.engine.weights.block_tensor import BlockTensor
+
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
@@ -48,7 +50,7 @@ class DirectoryCheckpoint(Checkpoint):
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         return self._shapes
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor | BlockTensor]]:
         for file, names in self._shards.items():
             try:
                 with safe_open(file, framework="pt") as shard:

@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gqa_serve.engine.backends import create_backend, reference_attention
-from gqa_serve.engine.backends.base import AttentionLayout, AttentionStep
+from gqa_serve.engine.backends import reference_attention
+from gqa_serve.engine.backends.base import AttentionLayout, AttentionStep, HeadNorms
+from gqa_serve.engine.backends.reference import ReferenceBackend
 from gqa_serve.engine.batch import ForwardBatch, PlanRow, StepPlan
-from gqa_serve.engine.kv_cache import KVCache
+from gqa_serve.engine.kv_cache import TensorKVCache
 from gqa_serve.engine.model_config import RopeConfig
 from gqa_serve.engine.rope import Rotary
 
@@ -37,6 +38,7 @@ class Case:
     window: int | None = None
     soft_cap: float | None = None
     dtype: torch.dtype = torch.float32
+    kv_dtype: torch.dtype | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -71,9 +73,10 @@ class Case:
     def prepare(self) -> AttentionStep:
         """A step over a cache that holds the computed tokens, and garbage everywhere else."""
         shape = (self.num_blocks, self.num_kv_heads, self.block_size, self.head_dim)
-        cache = KVCache(
-            [torch.full(shape, 1e4, dtype=self.dtype)],
-            [torch.full(shape, 1e4, dtype=self.dtype)],
+        kv_dtype = self.kv_dtype or self.dtype
+        cache = TensorKVCache(
+            [torch.full(shape, 1e4, dtype=kv_dtype)],
+            [torch.full(shape, 1e4, dtype=kv_dtype)],
             self.block_size,
             self.num_blocks,
         )
@@ -87,21 +90,19 @@ class Case:
             for (computed, new), blocks in zip(self.requests, self.blocks, strict=True)
         ]
         batch = ForwardBatch.from_plan(StepPlan(rows), self.block_size, CPU)
-        return create_backend(CPU).prepare(batch, cache, self.layout())
+        return ReferenceBackend(CPU, self.dtype, kv_dtype).prepare(batch, cache, self.layout())
 
-    def new_qkv(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(queries and keys [T, H + KV, D], values [T, KV, D]) of the new tokens, as views of one tensor."""
+    def new_qkv(self) -> torch.Tensor:
+        """Queries, keys and values of the new tokens, [T, (H + 2 KV) * D]."""
         news = [new for _, new in self.requests]
         k = torch.cat([k[len(k) - new :] for k, new in zip(self.k, news, strict=True)])
         v = torch.cat([v[len(v) - new :] for v, new in zip(self.v, news, strict=True)])
-        qkv = torch.cat((torch.cat(self.q), k, v), dim=1)
-        split = self.num_kv_heads * (self.group_size + 1)
-        return qkv[:, :split], qkv[:, split:]
+        return torch.cat((torch.cat(self.q), k, v), dim=1).flatten(1)
 
     @torch.inference_mode()
     def run(self) -> torch.Tensor:
         step = self.prepare()
-        return step.attend(0, step.rotate_and_write(0, *self.new_qkv()))
+        return step.attend(0, step.rotate_and_write(0, self.new_qkv(), None))
 
     def expected(self) -> torch.Tensor:
         """Each query head by itself, float64, [T, H * D]."""
@@ -124,7 +125,8 @@ class Case:
         return torch.cat(outs)
 
     def check(self) -> None:
-        tolerance = 2e-5 if self.dtype == torch.float32 else 3e-2
+        exact = self.dtype == torch.float32 and self.kv_dtype in (None, torch.float32)
+        tolerance = 2e-5 if exact else 3e-2
         torch.testing.assert_close(self.run().double(), self.expected(), atol=tolerance, rtol=tolerance)
 
 
@@ -160,6 +162,7 @@ def test_every_block_size_window_and_soft_cap(
     window=st.one_of(st.none(), st.integers(1, 70)),
     soft_cap=st.sampled_from([None, None, 4.0]),
     dtype=st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16]),
+    kv_dtype=st.sampled_from([None, None, torch.float32, torch.bfloat16, torch.float16]),
     seed=st.integers(0, 9),
 )
 def test_random_shapes(**fields: Any) -> None:
@@ -199,7 +202,7 @@ def test_result_does_not_depend_on_the_neighbours() -> None:
 class Outputs(TorchDispatchMode):
     """Records every tensor operation: (name, does its first input alias the cache, output)."""
 
-    def __init__(self, cache: KVCache) -> None:
+    def __init__(self, cache: TensorKVCache) -> None:
         super().__init__()
         self.memory = {tensor.untyped_storage().data_ptr() for tensor in (*cache.k, *cache.v)}
         self.from_cache: list[torch.Tensor] = []
@@ -226,7 +229,7 @@ def test_keys_and_values_are_read_once_per_group(
     monkeypatch.setattr(reference_attention, "_MAX_TILE_TOKENS", tile)
     case = Case(requests, group_size=8, head_dim=64, block_size=10, window=window)
     step = case.prepare()
-    q = step.rotate_and_write(0, *case.new_qkv())
+    q = step.rotate_and_write(0, case.new_qkv(), None)
     with Outputs(step.cache) as outputs:  # type: ignore[attr-defined]
         step.attend(0, q)
     blocks = 0
@@ -245,7 +248,7 @@ def test_float16_overflow_does_not_reach_the_next_owner_of_a_block() -> None:
     case.k[0][4] = torch.inf
     case.v[0][4] = torch.nan
     step = case.prepare()
-    step.rotate_and_write(0, *case.new_qkv())
+    step.rotate_and_write(0, case.new_qkv(), None)
     for tensor in (*step.cache.k, *step.cache.v):  # type: ignore[attr-defined]
         assert tensor.isfinite().all()
 
@@ -258,7 +261,7 @@ def test_rms_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     weight = torch.randn(shape[1:])
     wide = x.double()
     expected = wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
-    got = create_backend(CPU).rms_norm(x, weight, 1e-5)
+    got = ReferenceBackend(CPU, dtype).rms_norm(x, weight, 1e-5)
     assert got.dtype == dtype
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
     torch.testing.assert_close(got.double(), expected, atol=tolerance, rtol=tolerance)
@@ -267,11 +270,52 @@ def test_rms_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 def test_add_rms_norm_updates_the_residual() -> None:
     torch.manual_seed(0)
     x, residual, weight = torch.randn(4, 32), torch.randn(4, 32), torch.randn(32)
-    backend = create_backend(CPU)
+    backend = ReferenceBackend(CPU, torch.float32)
     total = residual + 0.25 * x
     got = backend.add_rms_norm(x, residual, weight, 1e-6, 0.25)
     torch.testing.assert_close(residual, total)
     torch.testing.assert_close(got, backend.rms_norm(total, weight, 1e-6))
+    assert backend.add_rms_norm(x, residual, None, 1e-6, 2.0) is residual
+    torch.testing.assert_close(residual, total + 2 * x)
+
+
+@pytest.mark.parametrize("mode", ["head", "full"])
+def test_queries_and_keys_are_normed_before_they_are_written(mode: Any) -> None:
+    case = Case([(0, 5), (20, 1)])
+    layout = case.layout()
+    generator = torch.Generator().manual_seed(0)
+    heads = 1 if mode == "head" else layout.num_heads
+    kv_heads = 1 if mode == "head" else layout.num_kv_heads
+    q_weight, k_weight = (torch.randn(n * case.head_dim, generator=generator) for n in (heads, kv_heads))
+    step = case.prepare()
+    q = step.rotate_and_write(0, case.new_qkv(), HeadNorms(mode, q_weight, k_weight, 1e-5))
+
+    def normed(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        flat = x.view(*x.shape[:-2], -1, len(weight)).double()  # [..., normed together]
+        flat = flat / (flat.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
+        return flat.view(x.shape).float()
+
+    torch.testing.assert_close(q, normed(torch.cat(case.q), q_weight))
+    block, offset = case.blocks[1][20 // case.block_size], 20 % case.block_size
+    written = step.cache.k[0][block, :, offset]  # type: ignore[attr-defined]
+    torch.testing.assert_close(written, normed(case.k[1][20], k_weight))
+
+
+def test_logits_are_scaled_then_capped_in_float32() -> None:
+    backend = ReferenceBackend(CPU, torch.bfloat16)
+    head = backend.linear([backend.pack(torch.eye(4), "head")], None)
+    hidden = torch.tensor([[1.0, -2.0, 4.0, 8.0]], dtype=torch.bfloat16)
+    torch.testing.assert_close(backend.logits(head, hidden, 1.0, None), hidden.float())
+    expected = 3.0 * torch.tanh(hidden.float() * 0.5 / 3.0)
+    torch.testing.assert_close(backend.logits(head, hidden, 0.5, 3.0), expected)
+
+
+def test_embeddings_are_scaled_by_a_rounded_factor() -> None:
+    backend = ReferenceBackend(CPU, torch.bfloat16)
+    table = backend.pack(torch.arange(6.0).view(3, 2), "head")
+    got = backend.embed(table, torch.tensor([2, 0]), 1.001)  # 1 in bfloat16
+    assert got.tolist() == [[4.0, 5.0], [0.0, 1.0]]
+    assert backend.embed(table, torch.tensor([1]), 3.0).tolist() == [[6.0, 9.0]]
 
 
 @pytest.mark.parametrize(
@@ -279,17 +323,20 @@ def test_add_rms_norm_updates_the_residual() -> None:
 )
 def test_gated_activation(activation: Any, value: float) -> None:
     gate_up = torch.tensor([[1.0, 0.0, 3.0, 5.0]])
-    got = create_backend(CPU).gated_activation(gate_up, activation)
+    got = ReferenceBackend(CPU, torch.float32).gated_activation(gate_up, activation)
     torch.testing.assert_close(got, torch.tensor([[3 * value, 0.0]]))
 
 
 @pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("split", [[40], [24, 8, 8]])
 @pytest.mark.parametrize("tokens", [1, 3, 6, 16, 48, 49])
-def test_linear(tokens: int, bias: bool) -> None:
+def test_linear(tokens: int, split: list[int], bias: bool) -> None:
     torch.manual_seed(0)
     x, weight = torch.randn(tokens, 24), torch.randn(40, 24)
     offset = torch.randn(40) if bias else None
-    got = create_backend(CPU).pack_linear(weight, offset)(x)
+    backend = ReferenceBackend(CPU, torch.float32)
+    parts = [backend.pack(part, "linear") for part in weight.split(split)]
+    got = backend.linear(parts, offset)(x)
     expected = x.double() @ weight.double().T + (0 if offset is None else offset.double())
     assert got.is_contiguous()
     torch.testing.assert_close(got.double(), expected, atol=1e-5, rtol=1e-5)

@@ -7,15 +7,16 @@ from collections.abc import Sequence
 
 import torch
 
-from gqa_serve.engine.batch import ForwardBatch, PlanRow, StepPlan
-from gqa_serve.engine.kv_cache import KVCache
+from gqa_serve.engine.batch import PlanRow, StepPlan
+from gqa_serve.engine.kv_cache import TensorKVCache
 from gqa_serve.engine.models.decoder import Decoder
-
-CPU = torch.device("cpu")
 
 
 class PagedRun:
-    """Requests over one cache whose blocks are handed out in random order; keeps all logits."""
+    """Requests over one cache whose blocks are handed out in random order; keeps all logits.
+
+    `block_size` is rounded up to what the backend serves.
+    """
 
     def __init__(
         self, model: Decoder, prompts: Sequence[Sequence[int]], *, block_size: int, seed: int = 0
@@ -23,12 +24,16 @@ class PagedRun:
         self.model = model
         self.prompts = [list(prompt) for prompt in prompts]
         self.random = random.Random(seed)
+        multiple = model.backend.block_multiple
+        block_size = -(-block_size // multiple) * multiple
         needed = [-(-len(prompt) // block_size) for prompt in self.prompts]
         num_blocks = sum(needed) + 3
-        self.cache = KVCache.allocate(model.config, num_blocks, block_size, torch.float32, CPU)
+        self.cache = model.backend.allocate_cache(model.config, num_blocks, block_size)
+        self.forward = model.backend.compile(model)
         # What an earlier owner left in a block is large but finite, and must never be seen.
-        for tensor in (*self.cache.k, *self.cache.v):
-            tensor.fill_(1e4)
+        if isinstance(self.cache, TensorKVCache):
+            for tensor in (*self.cache.k, *self.cache.v):
+                tensor.fill_(1e4)
         free = list(range(num_blocks))
         self.random.shuffle(free)
         self.blocks = [[free.pop() for _ in range(count)] for count in needed]
@@ -43,10 +48,8 @@ class PagedRun:
             tokens = self.prompts[index][start : start + count]
             rows.append(PlanRow(tokens, start, self.blocks[index], len(tokens)))
             self.done[index] += len(tokens)
-        batch = ForwardBatch.from_plan(StepPlan(rows), self.cache.block_size, CPU)
         with torch.inference_mode():
-            hidden = self.model.forward(batch, self.cache)
-            logits = self.model.logits(hidden[batch.logit_rows])
+            logits = self.model.logits(self.forward(StepPlan(rows), self.cache)).clone()
         for index, part in zip(shares, logits.split([len(row.token_ids) for row in rows]), strict=True):
             self.logits[index].append(part)
 

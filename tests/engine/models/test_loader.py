@@ -9,7 +9,8 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from gqa_serve.engine.backends import create_backend
+from gqa_serve.engine.backends.base import Backend, Linear, Packed, Role
+from gqa_serve.engine.backends.reference import ReferenceBackend
 from gqa_serve.engine.model_config import ModelConfig
 from gqa_serve.engine.models import FAMILIES, family_of
 from gqa_serve.engine.models.decoder import Decoder
@@ -39,10 +40,34 @@ def llama() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     return model.state_dict(), model.config.to_dict()
 
 
-def load(tensors: dict[str, torch.Tensor] | Tensors, raw: dict[str, Any], **options: Any) -> Decoder:
+def load(
+    tensors: dict[str, torch.Tensor] | Tensors,
+    raw: dict[str, Any],
+    dtype: torch.dtype = torch.float32,
+    backend: Backend | None = None,
+    **options: Any,
+) -> Decoder:
     source = tensors if isinstance(tensors, Tensors) else Tensors(tensors)
-    options = {"dtype": torch.float32, **options}
-    return load_model(source, ModelConfig.from_hf(raw), device=CPU, backend=create_backend(CPU), **options)
+    backend = backend or ReferenceBackend(CPU, dtype)
+    return load_model(source, ModelConfig.from_hf(raw), device=CPU, backend=backend, **options)
+
+
+class Observed(ReferenceBackend):
+    """The reference, remembering what it was given."""
+
+    def __init__(self) -> None:
+        super().__init__(CPU, torch.float32)
+        self.packed: list[tuple[Role, torch.Size]] = []
+        self.joined: list[tuple[list[int], int | None]] = []
+
+    def pack(self, weight: Any, role: Role) -> Packed:
+        self.packed.append((role, weight.shape))
+        return super().pack(weight, role)
+
+    def linear(self, parts: Any, bias: torch.Tensor | None) -> Linear:
+        self.joined.append(([part.tensor.shape[0] for part in parts], None if bias is None else len(bias)))
+        assert bias is None or bias.dtype == torch.float32
+        return super().linear(parts, bias)
 
 
 def test_progress_and_size(llama: Any) -> None:
@@ -53,12 +78,50 @@ def test_progress_and_size(llama: Any) -> None:
     norms = sum(t.numel() for t in tensors.values() if t.dim() == 1)
     matrices = sum(t.numel() for t in tensors.values() if t.dim() == 2)
     assert decoder.weight_bytes == norms * 4 + matrices * 2
+    assert decoder.weight_formats == {"bfloat16": matrices * 2, "float32": norms * 4}
+    assert list(decoder.weight_formats) == ["bfloat16", "float32"]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_each_matrix_is_packed_by_its_role_and_joined_in_row_order(tied: bool) -> None:
+    model = tiny_model("qwen2", tie_word_embeddings=tied)
+    tensors = dict(reversed(model.state_dict().items()))
+    if tied:
+        del tensors["lm_head.weight"]
+    backend = Observed()
+    decoder = load(tensors, model.config.to_dict(), backend=backend)
+    assert [shape for role, shape in backend.packed if role == "head"] == [(128, 64)]
+    assert [role for role, _ in backend.packed].count("embedding") == (not tied)
+    assert [role for role, _ in backend.packed].count("linear") == 4 * 7
+    assert backend.joined == [([64, 32, 32], 128), ([64], None), ([96, 96], None), ([64], None)] * 4 + [
+        ([128], None)
+    ]
+    expected = model.state_dict()["model.layers.2.self_attn.k_proj.weight"]
+    assert torch.equal(decoder.layers[2].attention.qkv.weight[64:96], expected)  # type: ignore[attr-defined]
+    head = decoder.lm_head.weight  # type: ignore[attr-defined]
+    assert torch.equal(head, model.state_dict()["lm_head.weight"])
+    assert (head.data_ptr() == decoder.embedding.tensor.data_ptr()) == tied  # type: ignore[attr-defined]
+
+
+def test_numbers_that_the_backend_refuses_are_named(llama: Any) -> None:
+    tensors, raw = llama
+
+    class Strict(ReferenceBackend):
+        def pack(self, weight: Any, role: Role) -> Packed:
+            if weight.isnan().any():
+                raise ValueError("holds NaN")
+            return super().pack(weight, role)
+
+    name = "model.layers.1.mlp.up_proj.weight"
+    damaged = {**tensors, name: tensors[name].clone().fill_(torch.nan)}
+    with pytest.raises(ModelError, match=r"Tensor model\.layers\.1\.mlp\.up_proj\.weight holds NaN"):
+        load(damaged, raw, backend=Strict(CPU, torch.float32))
 
 
 def test_order_of_tensors_does_not_matter(llama: Any) -> None:
     tensors, raw = llama
     decoder = load(dict(reversed(tensors.items())), raw)
-    assert torch.equal(decoder.embedding, tensors["model.embed_tokens.weight"])
+    assert torch.equal(decoder.embedding.tensor, tensors["model.embed_tokens.weight"])
 
 
 def test_left_out_knowingly(llama: Any) -> None:

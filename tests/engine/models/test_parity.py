@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from backend_choice import BACKENDS, exact_backend
 from paged import PagedRun
 from tiny import FAMILIES, randomize, tiny_config, tiny_model
 
-from gqa_serve.engine.backends import create_backend
 from gqa_serve.engine.backends.reference_attention import ReferenceAttentionStep
 from gqa_serve.engine.model_config import ModelConfig
 from gqa_serve.engine.models.decoder import Decoder
@@ -22,12 +22,18 @@ CPU = torch.device("cpu")
 TOLERANCE = 1e-4
 
 
-def load(path: Path, max_model_len: int | None = None) -> Decoder:
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+def load(path: Path, backend: str, max_model_len: int | None = None) -> Decoder:
     checkpoint = open_checkpoint(path)
     config = ModelConfig.from_hf(checkpoint.raw_config, checkpoint.generation_config)
     if max_model_len is not None:
         config = config.with_max_model_len(max_model_len)
-    return load_model(checkpoint, config, dtype=torch.float32, device=CPU, backend=create_backend(CPU))
+    return load_model(checkpoint, config, device=CPU, backend=exact_backend(backend))
 
 
 def prompts_of(lengths: list[int], seed: int = 1) -> list[list[int]]:
@@ -42,11 +48,16 @@ def oracle(model: Any, prompt: list[int]) -> torch.Tensor:
 
 
 def check(
-    tmp_path: Path, family: str, lengths: list[int], max_model_len: int | None = None, **overrides: Any
+    tmp_path: Path,
+    backend: str,
+    family: str,
+    lengths: list[int],
+    max_model_len: int | None = None,
+    **overrides: Any,
 ) -> None:
     model = tiny_model(family, **overrides)
     model.save_pretrained(tmp_path)
-    decoder = load(tmp_path, max_model_len)
+    decoder = load(tmp_path, backend, max_model_len)
     prompts = prompts_of(lengths)
     expected = [oracle(model, prompt) for prompt in prompts]
     assert min(logits.std() for logits in expected) > 0.2, "logits near zero prove nothing"
@@ -66,10 +77,10 @@ HEADS = [(4, 4), (6, 2), (5, 1)]
 
 @pytest.mark.parametrize("heads", HEADS, ids=lambda heads: f"{heads[0]}q{heads[1]}kv")
 @pytest.mark.parametrize("family", FAMILIES)
-def test_family(family: str, heads: tuple[int, int], tmp_path: Path) -> None:
+def test_family(family: str, heads: tuple[int, int], backend: str, tmp_path: Path) -> None:
     sizes = {"num_attention_heads": heads[0], "num_key_value_heads": heads[1]}
     # transformers wants hidden_size to be a multiple of the heads, even where head_dim is given.
-    check(tmp_path, family, [37, 20, 1, 29], hidden_size=60 if heads[0] != 4 else 64, **sizes)
+    check(tmp_path, backend, family, [37, 20, 1, 29], hidden_size=60 if heads[0] != 4 else 64, **sizes)
 
 
 LLAMA3 = {
@@ -113,20 +124,22 @@ ROPES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", ROPES)
-def test_rotary_scaling_past_the_original_context(name: str, tmp_path: Path) -> None:
+def test_rotary_scaling_past_the_original_context(name: str, backend: str, tmp_path: Path) -> None:
     family, fields = ROPES[name]
     fields = {**fields, "rope_parameters": {"rope_theta": 1000.0, **fields["rope"]}}
     if family == "gemma3":
         del fields["rope_parameters"]["rope_theta"]
     del fields["rope"]
-    check(tmp_path, family, [61, 33, 9], **fields)
+    check(tmp_path, backend, family, [61, 33, 9], **fields)
 
 
 # The embedding of these two follows the context length served; see engine/rope.py.
 @pytest.mark.parametrize("length", [32, 57])
-def test_dynamic_rotary_scaling_is_that_of_the_whole_context(length: int, tmp_path: Path) -> None:
+def test_dynamic_rotary_scaling_is_that_of_the_whole_context(
+    length: int, backend: str, tmp_path: Path
+) -> None:
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1000.0}
-    check(tmp_path, "llama", [length], length, max_position_embeddings=32, rope_parameters=rope)
+    check(tmp_path, backend, "llama", [length], length, max_position_embeddings=32, rope_parameters=rope)
 
 
 def longrope(head_dim: int) -> dict[str, Any]:
@@ -142,11 +155,11 @@ def longrope(head_dim: int) -> dict[str, Any]:
 @pytest.mark.parametrize(("lengths", "max_model_len"), [([24, 11], 24), ([25, 61], 96)])
 @pytest.mark.parametrize("partial", [1.0, 0.5])
 def test_longrope_below_and_above_the_original_context(
-    lengths: list[int], max_model_len: int, partial: float, tmp_path: Path
+    lengths: list[int], max_model_len: int, partial: float, backend: str, tmp_path: Path
 ) -> None:
     rope = {**longrope(int(16 * partial)), "partial_rotary_factor": partial}
     fields = {"max_position_embeddings": 96, "original_max_position_embeddings": 24}
-    check(tmp_path, "phi3", lengths, max_model_len, rope_parameters=rope, **fields)
+    check(tmp_path, backend, "phi3", lengths, max_model_len, rope_parameters=rope, **fields)
 
 
 OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -172,12 +185,12 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_option(name: str, tmp_path: Path) -> None:
+def test_option(name: str, backend: str, tmp_path: Path) -> None:
     family, fields = OPTIONS[name]
-    check(tmp_path, family, [31, 14], **fields)
+    check(tmp_path, backend, family, [31, 14], **fields)
 
 
-def test_text_part_of_a_multimodal_gemma3(tmp_path: Path) -> None:
+def test_text_part_of_a_multimodal_gemma3(backend: str, tmp_path: Path) -> None:
     text = tiny_config("gemma3")
     vision = transformers.SiglipVisionConfig(
         hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28
@@ -186,7 +199,7 @@ def test_text_part_of_a_multimodal_gemma3(tmp_path: Path) -> None:
     model = transformers.Gemma3ForConditionalGeneration._from_config(config, attn_implementation="eager")
     randomize(model, 0)
     model.eval().save_pretrained(tmp_path)
-    decoder = load(tmp_path)
+    decoder = load(tmp_path, backend)
     [prompt] = prompts_of([30])
     [got] = PagedRun(decoder, [prompt], block_size=8).finish_in_one_step()
     assert (got - oracle(model, prompt)).abs().max() < TOLERANCE
@@ -204,5 +217,5 @@ def test_the_check_notices_a_wrong_group_mapping(tmp_path: Path, monkeypatch: py
         return right(step, layer, q[:, order]).view(q.shape)[:, order].flatten(1)
 
     monkeypatch.setattr(ReferenceAttentionStep, "attend", wrong)
-    [got] = PagedRun(load(tmp_path), [prompt], block_size=8).finish_in_one_step()
+    [got] = PagedRun(load(tmp_path, "reference"), [prompt], block_size=8).finish_in_one_step()
     assert (got - oracle(model, prompt)).abs().max() > 1000 * TOLERANCE

@@ -1,0 +1,93 @@
+"""ModelRunner: settings on their way to the backend, and what it reports of a loaded model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_checkpoint
+
+from gqa_serve.config import EngineConfig
+from gqa_serve.engine import model_runner
+from gqa_serve.engine.backends import BackendOptions
+from gqa_serve.engine.backends.reference import ReferenceBackend
+from gqa_serve.engine.batch import PlanRow, StepPlan
+from gqa_serve.engine.model_runner import ModelRunner
+from gqa_serve.errors import ConfigError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint("llama", tmp_path_factory.mktemp("runner"))
+
+
+@pytest.fixture(autouse=True)
+def same_threads_afterwards() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def runner(path: Path, **settings: Any) -> ModelRunner:
+    settings = {"backend": "reference", "kv_cache_memory": 2**20, **settings}
+    return ModelRunner(path, EngineConfig(model="tiny", **settings))
+
+
+def test_what_is_reported(path: Path) -> None:
+    info = runner(path, kv_cache_dtype="bfloat16").info
+    assert (info.backend, info.dtype, info.quantization) == ("reference", "float32", "none")
+    assert (info.kv_dtype, info.kv_bytes_per_token) == ("bfloat16", 2 * 4 * 2 * 16 * 2)
+    assert info.num_blocks * info.block_size * info.kv_bytes_per_token == 2**20
+    info = runner(path, dtype="bfloat16").info
+    assert (info.dtype, info.kv_dtype) == ("bfloat16", "bfloat16")
+
+
+def test_the_cache_and_its_account_are_the_backends(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backend that keeps scales beside K and V: its blocks are larger, so there are fewer."""
+
+    class Scaled(ReferenceBackend):
+        block_multiple = 16
+
+        def block_bytes(self, config: Any, block_size: int) -> int:
+            return super().block_bytes(config, block_size) + config.num_layers * block_size * 2 * 2 * 4
+
+    monkeypatch.setattr(model_runner, "create_backend", lambda device, options: Scaled(device, torch.float32))
+    info = runner(path).info
+    assert info.kv_bytes_per_token == 2 * 4 * 2 * 16 * 4 + 4 * 2 * 2 * 4
+    assert info.num_blocks == 2**20 // (16 * info.kv_bytes_per_token)
+    with pytest.raises(ConfigError, match="--block-size 24 is not a multiple of 16, which the reference"):
+        runner(path, block_size=24)
+
+
+def test_a_compiled_forward_pass_is_what_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Compiled(ReferenceBackend):
+        def compile(self, decoder: Any) -> Any:
+            return lambda plan, cache: torch.full((sum(row.num_logits for row in plan.rows), 64), 2.0)
+
+    monkeypatch.setattr(
+        model_runner, "create_backend", lambda device, options: Compiled(device, torch.float32)
+    )
+    hidden = runner(path).execute(StepPlan([PlanRow([3, 4, 5], 0, [0], 2)]))
+    assert hidden.tolist() == [[2.0] * 64] * 2
+
+
+@pytest.mark.parametrize(("setting", "environment", "threads"), [(2, 3, 2), (None, 3, 3), (None, None, 5)])
+def test_threads(
+    setting: int | None, environment: int | None, threads: int, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[BackendOptions] = []
+
+    def create(device: torch.device, options: BackendOptions) -> ReferenceBackend:
+        given.append(options)
+        return ReferenceBackend(device, torch.float32)
+
+    monkeypatch.setattr(model_runner, "create_backend", create)
+    monkeypatch.setattr(model_runner, "omp_num_threads", lambda: environment)
+    monkeypatch.setattr(model_runner, "usable_cores", lambda: 5)
+    runner(path, threads=setting)
+    assert torch.get_num_threads() == threads == given[0].threads
