@@ -80,8 +80,8 @@ def native_is_built() -> bool:
 
 
 def _native(options: BackendOptions) -> Backend:
-    """Weights as they are stored unless --dtype says. K and V in float32, or in bfloat16 where weights have no
-    more than that.
+    """Weights as they are stored unless --dtype says; K and V in bfloat16 where weights have no more bits,
+    else in float32.
 
     Raises ImportError, with the reason, where the native kernels were not built or cannot run.
     """
