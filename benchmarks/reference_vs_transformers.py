@@ -65,7 +65,9 @@ def main() -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.float32
     ).eval()
-    config = EngineConfig(model="demo", dtype="float32", prefix_caching=False, kv_cache_memory=2**30)
+    config = EngineConfig(
+        model="demo", backend="reference", dtype="float32", prefix_caching=False, kv_cache_memory=2**30
+    )
     engine = Engine(ModelRunner(path, config), config)
     ours(engine, prompts, 4), theirs(model, prompt, 4)  # warm up
     print(f"{torch.get_num_threads()} threads, prompt {len(prompt)}, output {args.tokens} tokens; tokens/s")
