@@ -453,7 +453,7 @@ def groups_of(weight: np.ndarray, group: int) -> list[np.ndarray]:
 @given(
     k=st.integers(1, 200),
     group=st.sampled_from([32, 64, 128, 0]),
-    exponent=st.floats(-38, 6),
+    exponent=st.floats(-38, 4.5),  # beyond, an outlier's scale is too large for a half and refused
     outlier=st.sampled_from([0.0, 30.0]),
     seed=st.integers(0, 1000),
 )
