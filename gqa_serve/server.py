@@ -120,9 +120,9 @@ async def _serve(
         timeout_graceful_shutdown=math.ceil(config.drain_timeout) + _LAST_WORDS_S,
     )
     server = _Server(options, engine)
+    serving = asyncio.create_task(server.serve(sockets=[listener]))  # first, since it handles signals
     loading = asyncio.create_task(engine.start())
     draining = asyncio.create_task(_drain(server, engine, loading, config.drain_timeout))
-    serving = asyncio.create_task(server.serve(sockets=[listener]))
     try:
         await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
         if loading.done() and not server.should_exit:
