@@ -169,7 +169,6 @@ class CpuBackend(Backend):
         return config.num_layers * per_layer
 
     def allocate_cache(self, config: ModelConfig, num_blocks: int, block_size: int) -> KVCache:
-
         try:
             native = self.native.KVCache(
                 config.num_layers, num_blocks, self.kv_dtype, config.num_kv_heads, config.head_dim, block_size

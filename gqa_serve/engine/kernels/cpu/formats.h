@@ -19,7 +19,8 @@
 // Outputs beyond n and inputs beyond k are zero: k is padded to a multiple of 32 for I8 and I4, and not at all
 // for the others.
 //
-// Invariant: layouts do not depend on the instruction set.
+// Invariant: the layouts of weights and cache do not depend on the instruction set. Activations are written and read
+// by the same kernels, and AMX arranges its larger tiles in its own way (linear_amx.inl).
 #pragma once
 
 #include <cstddef>
