@@ -64,7 +64,7 @@ constexpr int kOutlier = 8;
 static inline int outlier_capacity(int k) { return k / kOutlier + 1; } // more cannot exceed the mean that far
 
 struct Outlier {
-  int32_t input;
+  int32_t group, offset; // which input: the offset is in the group
   float value;
 };
 

@@ -119,54 +119,61 @@ struct OutlierList {
   int32_t count;
 };
 
-// The largest magnitude among `count` inputs at x that are not outliers. Those, more than *limit, go to the list
-// as inputs `first` and on.
-GQA_INLINE float split_outliers(const float* x, int count, int first, float* limit, OutlierList& outliers) {
+// One group of one row: its largest magnitude, what it takes to be an outlier, whether it has only finite numbers.
+struct GroupRange {
+  float largest, limit;
+  bool finite;
+};
+
+GQA_INLINE GroupRange measure_group(const float* x, int count) {
   f32x16 largest = zero(), total = zero();
   for (int i = 0; i < count; i += 16) {
     const f32x16 v = abs(load_up_to(x + i, count - i));
     largest = max(v, largest);
     total = total + v;
   }
-  const float amax = maximum(largest);
-  *limit = sum(total) * (float(kOutlier) / float(count));
-  if (!(amax > *limit)) return amax;
-  largest = zero();
+  const float magnitudes = sum(total);
+  return {maximum(largest), magnitudes * (float(kOutlier) / float(count)), magnitudes - magnitudes == 0.0f};
+}
+
+// Appends the outliers among `count` inputs at x; returns the largest magnitude of the others.
+GQA_INLINE float split_outliers(const float* x, int count, int group, float limit, OutlierList& outliers) {
+  f32x16 largest = zero();
   for (int i = 0; i < count; i += 16) {
     const f32x16 v = abs(load_up_to(x + i, count - i));
-    largest = max(select(less(set1(*limit), v), zero(), v), largest);
-  }
-  for (int i = 0; i < count; i++) {
-    if (__builtin_fabsf(x[i]) > *limit) outliers.list[outliers.count++] = {first + i, x[i]};
+    const mask16 beyond = less(set1(limit), v);
+    largest = max(select(beyond, zero(), v), largest);
+    for (uint32_t lanes = bits(beyond); lanes != 0; lanes &= lanes - 1) {
+      const int offset = i + __builtin_ctz(lanes);
+      outliers.list[outliers.count++] = {group, offset, x[offset]};
+    }
   }
   return maximum(largest);
 }
 
-// One row's group: `count` inputs at x, zero up to `padded`; the row's inputs from `first` on. Groups beyond 1e30 count
-// as not finite, groups below 1e-30 as zero, so that neither the reciprocal nor kMagic * scale overflows.
-GQA_INLINE void quantize_group(const float* x, int count, int padded, int first, int8_t* q, size_t stride, float* scale,
+// One row's group: `count` inputs at x, zero up to `padded`. Groups beyond 1e30 count as not finite, groups below 1e-30
+// as zero, so that neither the reciprocal nor kMagic * scale overflows.
+GQA_INLINE void quantize_group(const float* x, int count, int padded, int group, int8_t* q, size_t stride, float* scale,
                                int32_t* total, OutlierList& outliers) {
-  f32x16 poison = zero();
-  for (int i = 0; i < count; i += 16)
-    poison = fma(load_up_to(x + i, count - i), zero(), poison); // 0, or NaN from the first value not finite
-  float limit;
-  const float amax = split_outliers(x, count, first, &limit, outliers);
-  const bool finite = sum(poison) == 0.0f && amax < 1e30f;
+  const GroupRange range = measure_group(x, count);
+  const bool split = range.largest > range.limit;
+  const float amax = split ? split_outliers(x, count, group, range.limit, outliers) : range.largest;
+  const bool finite = range.finite && amax < 1e30f;
   const bool empty = !finite || amax < 1e-30f;
   const f32x16 inverse = set1(empty ? 0.0f : 127.0f / amax);
   i32x16 sums = izero();
   for (int i = 0; i < padded; i += 16) {
     f32x16 value = load_up_to(x + i, count - i);
-    value = select(less(set1(limit), abs(value)), zero(), value);
+    value = select(less(set1(range.limit), abs(value)), zero(), value);
     const i32x16 v = empty ? izero() : to_int(value * inverse);
     sums = iadd(sums, v);
     store_quads(q + (i / 4) * stride, stride, v);
   }
-  float s = empty ? 0.0f : amax / 127.0f;
-  uint32_t bits;
-  memcpy(&bits, &s, 4);
-  bits = finite ? bits & ~3u : 0x7fc00000u;
-  memcpy(scale, &bits, 4);
+  const float s = empty ? 0.0f : amax / 127.0f;
+  uint32_t word;
+  memcpy(&word, &s, 4);
+  word = finite ? word & ~3u : 0x7fc00000u;
+  memcpy(scale, &word, 4);
   *total = int32_t(sum(to_float(sums))); // exact: far below 2^24
 }
 
@@ -185,7 +192,7 @@ void prepare_quantized(const float* x, size_t ld, int rows, const Activations& o
       const int begin = g * out.group;
       const int padded = out.k_padded - begin < out.group ? out.k_padded - begin : out.group;
       const int count = out.k - begin < padded ? out.k - begin : padded;
-      quantize_group(x + m * ld + begin, count, padded, begin, q + (size_t(begin) / 4 * rows + m) * 4,
+      quantize_group(x + m * ld + begin, count, padded, g, q + (size_t(begin) / 4 * rows + m) * 4,
                      size_t(rows) * 4, scale + size_t(g) * rows + m, sums + size_t(g) * rows + m, outliers);
     }
     const_cast<int32_t*>(out.outlier_count)[row + m] = outliers.count;
@@ -517,16 +524,15 @@ template <WeightFormat F, bool kMin, int R = kQuantRows> QuantKernel quant_kerne
   return wide ? &quant_rows<F, kMin, true, R> : &quant_rows<F, kMin, false, R>;
 }
 
-// --- outliers ---
+// --- the end of a panel: outliers, bias ---
 
-// The 32 weights of one input. `data` is the panel's.
-template <WeightFormat F, bool kMin> GQA_INLINE void weight_column(const PackedWeight& w, const uint8_t* data, int input,
-                                                                   f32x16 (&column)[2]) {
-  const int in_group = input % w.group;
-  const uint8_t* run = data + size_t(input / w.group) * (kHeadBytes<kMin> + size_t(w.group) / kQuantBlock * kBlockBytes<F>);
-  const bool bytes = F == WeightFormat::I8;
-  const uint8_t* words = run + kHeadBytes<kMin> + size_t(in_group / (bytes ? 4 : 8)) * 128;
-  const int shift = 8 * (in_group % 4) + (bytes ? 0 : in_group % 8 / 4 * 4);
+// The 32 weights of one outlier's input. `data` is the panel's.
+template <WeightFormat F, bool kMin>
+GQA_INLINE void weight_column(const uint8_t* data, size_t group_bytes, const Outlier& of, f32x16 (&column)[2]) {
+  constexpr bool bytes = F == WeightFormat::I8;
+  const uint8_t* run = data + size_t(of.group) * group_bytes;
+  const uint8_t* words = run + kHeadBytes<kMin> + size_t(of.offset / (bytes ? 4 : 8)) * 128;
+  const int shift = 8 * (of.offset % 4) + (bytes ? 0 : of.offset % 8 / 4 * 4);
   const i32x16 mask = iset1(bytes ? 255 : 15), offset = iset1(bytes ? 128 : kMin ? 0 : 8);
 #pragma GCC unroll 2
   for (int v = 0; v < 2; v++) {
@@ -537,45 +543,41 @@ template <WeightFormat F, bool kMin> GQA_INLINE void weight_column(const PackedW
   }
 }
 
-// sums [rows][32] += what the outliers of rows [row, row + rows) contribute.
-template <WeightFormat F, bool kMin>
-void add_outliers(const PackedWeight& w, const uint8_t* data, const Activations& x, int row, int rows, float* sums) {
-  for (int m = 0; m < rows; m++, sums += 32) {
-    const Outlier* outliers = x.outliers + size_t(row + m) * outlier_capacity(x.k);
-    const int count = x.outlier_count[row + m];
-    if (count == 0) continue;
-    f32x16 acc[2] = {load(sums), load(sums + 16)};
-    for (int i = 0; i < count; i++) {
-      f32x16 column[2];
-      weight_column<F, kMin>(w, data, outliers[i].input, column);
-      for (int v = 0; v < 2; v++) acc[v] = fma(set1(outliers[i].value), column[v], acc[v]);
-    }
-    store(sums, acc[0]);
-    store(sums + 16, acc[1]);
-  }
-}
-
-void add_outliers(const PackedWeight& w, const uint8_t* data, const Activations& x, int row, int rows, float* sums) {
-  if (w.format == WeightFormat::I8) return add_outliers<WeightFormat::I8, false>(w, data, x, row, rows, sums);
-  if (w.has_min) return add_outliers<WeightFormat::I4, true>(w, data, x, row, rows, sums);
-  add_outliers<WeightFormat::I4, false>(w, data, x, row, rows, sums);
-}
-
-// --- one panel ---
-
-// out = sums + bias for the panel's first `columns` outputs.
-void finish(const float* sums, int rows, const float* bias, int columns, float* out, size_t ld) {
+// out = sums + bias for rows [row, row + rows) and the panel's first `columns` outputs, after add_rest(row, sum) has
+// added to a row's sum of 32 what is not in `sums`.
+template <class F>
+GQA_INLINE void finish(const float* sums, int row, int rows, const float* bias, int columns, float* out, size_t ld,
+                       F add_rest) {
   f32x16 add[2] = {zero(), zero()};
   for (int v = 0; bias && v < 2; v++) add[v] = load_up_to(bias + 16 * v, columns - 16 * v);
   for (int m = 0; m < rows; m++) {
+    f32x16 sum[2] = {load(sums + 32 * m), load(sums + 32 * m + 16)};
+    add_rest(row + m, sum);
     for (int v = 0; v < 2 && columns > 16 * v; v++) {
-      f32x16 value = load(sums + 32 * m + 16 * v);
-      if (bias) value = value + add[v];
-      if (columns >= 16 * v + 16) store(out + m * ld + 16 * v, value);
-      else store_first(out + m * ld + 16 * v, value, columns - 16 * v);
+      if (bias) sum[v] = sum[v] + add[v];
+      if (columns >= 16 * v + 16) store(out + m * ld + 16 * v, sum[v]);
+      else store_first(out + m * ld + 16 * v, sum[v], columns - 16 * v);
     }
   }
 }
+
+template <WeightFormat F, bool kMin>
+void finish_quantized(const PackedWeight& w, const uint8_t* data, const Activations& x, const float* sums, int row,
+                      int rows, const float* bias, int columns, float* out, size_t ld) {
+  const size_t group_bytes = kHeadBytes<kMin> + size_t(w.group) / kQuantBlock * kBlockBytes<F>;
+  const size_t capacity = outlier_capacity(x.k);
+  finish(sums, row, rows, bias, columns, out, ld, [&](int of, f32x16 (&sum)[2]) {
+    const Outlier *outlier = x.outliers + size_t(of) * capacity, *end = outlier + x.outlier_count[of];
+    for (; outlier != end; outlier++) {
+      f32x16 column[2];
+      weight_column<F, kMin>(data, group_bytes, *outlier, column);
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; v++) sum[v] = fma(set1(outlier->value), column[v], sum[v]);
+    }
+  });
+}
+
+// --- one panel ---
 
 template <WeightFormat F>
 void float_panel(const uint8_t* w, const Activations& x, int tile_begin, int tile_end, float* sums) {
@@ -648,8 +650,17 @@ void linear(const PackedWeight& w, int panel, const Activations& x, int tile_beg
     const int row = t * x.tile, rows = (end * x.tile < x.rows ? end * x.tile : x.rows) - row;
     memset(sums, 0, size_t(rows) * kPanel * sizeof(float));
     multiply_panel(w, data, x, t, end, sums);
-    if (x.quantized) add_outliers(w, data, x, row, rows, sums);
-    finish(sums, rows, w.bias ? w.bias + column : nullptr, columns, out + row * ld + column, ld);
+    const float* bias = w.bias ? w.bias + column : nullptr;
+    float* to = out + row * ld + column;
+    if (!x.quantized) {
+      finish(sums, row, rows, bias, columns, to, ld, [](int, f32x16 (&)[2]) {});
+    } else if (w.format == WeightFormat::I8) {
+      finish_quantized<WeightFormat::I8, false>(w, data, x, sums, row, rows, bias, columns, to, ld);
+    } else if (w.has_min) {
+      finish_quantized<WeightFormat::I4, true>(w, data, x, sums, row, rows, bias, columns, to, ld);
+    } else {
+      finish_quantized<WeightFormat::I4, false>(w, data, x, sums, row, rows, bias, columns, to, ld);
+    }
   }
 }
 

@@ -30,7 +30,7 @@ void prepare_amx(const float* x, size_t ld, int rows, const Activations& out, in
       const int begin = g * out.group;
       const int padded = out.k_padded - begin < out.group ? out.k_padded - begin : out.group;
       const int count = out.k - begin < padded ? out.k - begin : padded;
-      quantize_group(x + m * ld + begin, count, padded, begin, bytes, 4, scale + size_t(g) * rows + m,
+      quantize_group(x + m * ld + begin, count, padded, g, bytes, 4, scale + size_t(g) * rows + m,
                      sums + size_t(g) * rows + m, outliers);
       for (int i = 0; i < padded; i += kAmxInputs) {
         const int width = padded - i < kAmxInputs ? padded - i : kAmxInputs;

@@ -48,6 +48,7 @@ GQA_INLINE f32x16 min(f32x16 a, f32x16 b)                  { return {_mm512_min_
 GQA_INLINE f32x16 abs(f32x16 a)                            { return {_mm512_abs_ps(a.v)}; }
 GQA_INLINE mask16 less(f32x16 a, f32x16 b)                 { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
 GQA_INLINE f32x16 select(mask16 m, f32x16 yes, f32x16 no)  { return {_mm512_mask_blend_ps(m.v, no.v, yes.v)}; }
+GQA_INLINE uint32_t bits(mask16 m)   /* one per lane */    { return m.v; }
 GQA_INLINE i32x16 to_int(f32x16 a)   /* nearest, ties to even */ { return {_mm512_cvtps_epi32(a.v)}; }
 GQA_INLINE f32x16 to_float(i32x16 a)                       { return {_mm512_cvtepi32_ps(a.v)}; }
 GQA_INLINE i32x16 as_int(f32x16 a)                         { return {_mm512_castps_si512(a.v)}; }
@@ -104,6 +105,7 @@ GQA_INLINE f32x16 min(f32x16 x, f32x16 y)                  { return {_mm256_min_
 GQA_INLINE f32x16 abs(f32x16 x) { __m256 s = _mm256_set1_ps(-0.0f); return {_mm256_andnot_ps(s, x.a), _mm256_andnot_ps(s, x.b)}; }
 GQA_INLINE mask16 less(f32x16 x, f32x16 y)                 { return {_mm256_cmp_ps(x.a, y.a, _CMP_LT_OQ), _mm256_cmp_ps(x.b, y.b, _CMP_LT_OQ)}; }
 GQA_INLINE f32x16 select(mask16 m, f32x16 yes, f32x16 no)  { return {_mm256_blendv_ps(no.a, yes.a, m.a), _mm256_blendv_ps(no.b, yes.b, m.b)}; }
+GQA_INLINE uint32_t bits(mask16 m)                         { return uint32_t(_mm256_movemask_ps(m.a)) | uint32_t(_mm256_movemask_ps(m.b)) << 8; }
 GQA_INLINE i32x16 to_int(f32x16 x)                         { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
 GQA_INLINE f32x16 to_float(i32x16 x)                       { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
 GQA_INLINE i32x16 as_int(f32x16 x)                         { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
@@ -177,6 +179,13 @@ GQA_INLINE f32x16 min(f32x16 a, f32x16 b)                  { GQA_EACH(f32x16, vb
 GQA_INLINE f32x16 abs(f32x16 a)                            { GQA_EACH(f32x16, vabsq_f32(a.v[i])); }
 GQA_INLINE mask16 less(f32x16 a, f32x16 b)                 { GQA_EACH(mask16, vcltq_f32(a.v[i], b.v[i])); }
 GQA_INLINE f32x16 select(mask16 m, f32x16 yes, f32x16 no)  { GQA_EACH(f32x16, vbslq_f32(m.v[i], yes.v[i], no.v[i])); }
+GQA_INLINE uint32_t bits(mask16 m) {
+  static const uint32_t weights[4] = {1, 2, 4, 8};
+  const uint32x4_t lanes = vld1q_u32(weights);
+  uint32_t all = 0;
+  for (int i = 0; i < 4; i++) all |= vaddvq_u32(vandq_u32(m.v[i], lanes)) << (4 * i);
+  return all;
+}
 GQA_INLINE i32x16 to_int(f32x16 a)                         { GQA_EACH(i32x16, vcvtnq_s32_f32(a.v[i])); }
 GQA_INLINE f32x16 to_float(i32x16 a)                       { GQA_EACH(f32x16, vcvtq_f32_s32(a.v[i])); }
 GQA_INLINE i32x16 as_int(f32x16 a)                         { GQA_EACH(i32x16, vreinterpretq_s32_f32(a.v[i])); }
