@@ -5,7 +5,8 @@
                                                  go to the native Program in the order they were called
 
 Owns symbols and their lifetimes. Does not know what an operation computes, nor the model.
-Invariant: a buffer is given to another symbol only after the last operation that reads the first.
+Invariants: a buffer is given to another symbol only after the last operation that reads the first; what a linear
+layer of gate and up gives is read by its gated activation alone.
 """
 
 from __future__ import annotations
@@ -30,11 +31,13 @@ class Symbol:
 
 @dataclass
 class _Operation:
-    """`emit` adds the operation to the program once its symbols have buffers."""
+    """`emit` adds the operation to the program once its symbols have buffers; `parts` are the matrices of a
+    linear layer."""
 
     inputs: Sequence[Symbol]
     output: Symbol | None
     emit: Callable[[], None]
+    parts: Sequence[Any] = ()
 
 
 class Recorder:
@@ -77,11 +80,21 @@ class Recorder:
 
     def linear(self, x: torch.Tensor, parts: list[Any], out_features: int) -> torch.Tensor:
         source, out = _symbol(x), Symbol(out_features)
-        return self._record((source,), out, lambda: self.program.linear(parts, source.value, out.value))
+        return self._record(
+            (source,), out, lambda: self.program.linear(parts, source.value, out.value), parts=parts
+        )
 
     def gated(self, gate_up: torch.Tensor, activation: str) -> torch.Tensor:
+        """If `gate_up` is what the operation before computes with two matrices, the three become one."""
         source = _symbol(gate_up)
         out = Symbol(source.width // 2)
+        before = self.operations[-1]
+        if before.output is source and _are_gate_and_up(before.parts):
+            self.operations.pop()
+            (x,), (gate, up) = before.inputs, before.parts
+            return self._record(
+                (x,), out, lambda: self.program.gated_linear(gate, up, x.value, out.value, activation)
+            )
         return self._record((source,), out, lambda: self.program.gated(source.value, out.value, activation))
 
     def add_rotary(self, rotary: Rotary) -> tuple[int, int]:
@@ -136,8 +149,14 @@ class Recorder:
                     free.setdefault(symbol.width, []).append(symbol.value)
         return _symbol(result).value
 
-    def _record(self, inputs: Sequence[Symbol], out: Symbol | None, emit: Callable[[], None]) -> torch.Tensor:
-        self.operations.append(_Operation(inputs, out, emit))
+    def _record(
+        self,
+        inputs: Sequence[Symbol],
+        out: Symbol | None,
+        emit: Callable[[], None],
+        parts: Sequence[Any] = (),
+    ) -> torch.Tensor:
+        self.operations.append(_Operation(inputs, out, emit, parts))
         return cast(torch.Tensor, out)
 
     def _floats(self, tensor: torch.Tensor | None) -> tuple[int, int]:
@@ -147,6 +166,14 @@ class Recorder:
         tensor = tensor.detach().float().contiguous().cpu()
         self._keep.append(tensor)
         return tensor.data_ptr(), tensor.numel()
+
+
+def _are_gate_and_up(parts: Sequence[Any]) -> bool:
+    """Whether a gated activation can be computed panel by panel with these matrices."""
+    if len(parts) != 2:
+        return False
+    gate, up = parts
+    return bool(gate.n == up.n and gate.same_input(up))
 
 
 def _symbol(x: torch.Tensor) -> Symbol:

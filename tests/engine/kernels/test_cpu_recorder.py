@@ -70,6 +70,9 @@ class Program:
     def linear(self, parts: Any, x: int, out: int) -> None:
         self.calls.append(("linear", {x, out}))
 
+    def gated_linear(self, gate: Any, up: Any, x: int, out: int, activation: str) -> None:
+        self.calls.append(("gated_linear", {x, out}))
+
     def gated(self, x: int, out: int, activation: str) -> None:
         self.calls.append(("gated", {x, out}))
 
@@ -320,13 +323,37 @@ def test_a_pass_serves_steps_of_any_size() -> None:
         assert fresh.shape == (tokens, HIDDEN)
 
 
-def test_only_the_rows_asked_for_are_returned() -> None:
-    forward = compiled(CpuBackend(), ALL, 4)
+@pytest.mark.parametrize("seed", range(8))
+def test_only_the_rows_asked_for_are_returned(seed: int) -> None:
+    """What follows the last attention is computed for them alone."""
+    steps = random.Random(seed).sample(ALL, len(ALL))
+    forward = compiled(CpuBackend(), steps, seed)
     whole = replay(forward, 40)
     rows = plan(40).rows[0]
     for count in (0, 1, 7):
         some = StepPlan([PlanRow(rows.token_ids, 0, rows.block_ids, count)])
         assert torch.equal(forward(some, cast(Any, native_cache())), whole[40 - count :])
+
+
+def test_a_result_that_attention_gives() -> None:
+    """Nothing follows it, or nothing that the result depends on."""
+    for after in (0, 1):
+        backend = CpuBackend()
+
+        class Ending(Pass):
+            def forward(self, batch: ForwardBatch, cache: Any) -> torch.Tensor:
+                attention = self.backend.prepare(batch, cache, LAYOUT)
+                x = self.backend.embed(self.table, batch.token_ids, 1.0)
+                out = attention.attend(0, attention.rotate_and_write(0, self.qkv(x), None))
+                for _ in range(after):  # noqa: B023
+                    self.backend.rms_norm(out, self.norms[0], 1e-5)
+                return out
+
+        forward = backend.compile(cast(Decoder, Ending(backend, [], 1)))
+        whole = replay(forward, 40)
+        row = plan(40).rows[0]
+        some = StepPlan([PlanRow(row.token_ids, 0, row.block_ids, 3)])
+        assert torch.equal(forward(some, cast(Any, native_cache())), whole[37:])
 
 
 # --- misuse ---

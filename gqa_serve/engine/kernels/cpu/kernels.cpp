@@ -6,11 +6,12 @@
 #include "math.inl"
 
 #include "attention.inl"
+#include "rows.inl"
+
 #include "linear.inl"
 #if defined(__AMX_INT8__)
 #include "linear_amx.inl"
 #endif
-#include "rows.inl"
 
 #define GQA_STRING_(x) #x
 #define GQA_STRING(x) GQA_STRING_(x)
@@ -23,6 +24,7 @@ const Kernels& GQA_KERNELS() {
       tile_rows,
       prepare,
       linear,
+      gated_linear,
       rms_norm,
       add,
       gated,

@@ -38,6 +38,10 @@ struct Kernels {
   // the weight's n outputs are written.
   void (*linear)(const PackedWeight& w, int panel, const Activations& x, int tile_begin, int tile_end, float* out,
                  size_t ld);
+  // out[row, column] = activation(x @ gate.T + bias) * (x @ up.T + bias), likewise, for gate and up of one shape that
+  // read the same activations. As linear() twice, then gated().
+  void (*gated_linear)(const PackedWeight& gate, const PackedWeight& up, int panel, const Activations& x,
+                       int tile_begin, int tile_end, float* out, size_t ld, Activation activation);
 
   // --- the rest of a step (rows.inl), one row of n floats at a time ---
   // out = x / sqrt(mean(x^2) + eps) * weight. `out` may be `x`.

@@ -639,29 +639,51 @@ void multiply_panel(const PackedWeight& w, const uint8_t* data, const Activation
   }
 }
 
+// out = one panel times the rows of tiles [tile_begin, tile_end), at most kSumRows of them.
+void panel_rows(const PackedWeight& w, int panel, const Activations& x, int tile_begin, int tile_end, float* sums,
+                float* out, size_t ld) {
+  const uint8_t* data = w.data + size_t(panel) * w.panel_bytes;
+  const int column = panel * kPanel, columns = w.n - column < kPanel ? w.n - column : kPanel;
+  const float* bias = w.bias ? w.bias + column : nullptr;
+  const int row = tile_begin * x.tile, rows = (tile_end * x.tile < x.rows ? tile_end * x.tile : x.rows) - row;
+  memset(sums, 0, size_t(rows) * kPanel * sizeof(float));
+  multiply_panel(w, data, x, tile_begin, tile_end, sums);
+  if (!x.quantized) {
+    finish(sums, row, rows, bias, columns, out, ld, [](int, f32x16 (&)[2]) {});
+  } else if (w.format == WeightFormat::I8) {
+    finish_quantized<WeightFormat::I8, false>(w, data, x, sums, row, rows, bias, columns, out, ld);
+  } else if (w.has_min) {
+    finish_quantized<WeightFormat::I4, true>(w, data, x, sums, row, rows, bias, columns, out, ld);
+  } else {
+    finish_quantized<WeightFormat::I4, false>(w, data, x, sums, row, rows, bias, columns, out, ld);
+  }
+}
+
+// f(first tile, tile after the last) for runs of tiles with at most kSumRows rows.
+template <class F> GQA_INLINE void over_runs(const Activations& x, int tile_begin, int tile_end, F f) {
+  const int tiles = kSumRows / x.tile;
+  for (int t = tile_begin; t < tile_end; t += tiles) f(t, t + tiles < tile_end ? t + tiles : tile_end);
+}
+
 void linear(const PackedWeight& w, int panel, const Activations& x, int tile_begin, int tile_end, float* out,
             size_t ld) {
   alignas(64) float sums[kSumRows * kPanel];
-  const uint8_t* data = w.data + size_t(panel) * w.panel_bytes;
-  const int column = panel * kPanel, columns = w.n - column < kPanel ? w.n - column : kPanel;
-  const int tiles = kSumRows / x.tile;
-  for (int t = tile_begin; t < tile_end; t += tiles) {
-    const int end = t + tiles < tile_end ? t + tiles : tile_end;
-    const int row = t * x.tile, rows = (end * x.tile < x.rows ? end * x.tile : x.rows) - row;
-    memset(sums, 0, size_t(rows) * kPanel * sizeof(float));
-    multiply_panel(w, data, x, t, end, sums);
-    const float* bias = w.bias ? w.bias + column : nullptr;
-    float* to = out + row * ld + column;
-    if (!x.quantized) {
-      finish(sums, row, rows, bias, columns, to, ld, [](int, f32x16 (&)[2]) {});
-    } else if (w.format == WeightFormat::I8) {
-      finish_quantized<WeightFormat::I8, false>(w, data, x, sums, row, rows, bias, columns, to, ld);
-    } else if (w.has_min) {
-      finish_quantized<WeightFormat::I4, true>(w, data, x, sums, row, rows, bias, columns, to, ld);
-    } else {
-      finish_quantized<WeightFormat::I4, false>(w, data, x, sums, row, rows, bias, columns, to, ld);
-    }
-  }
+  over_runs(x, tile_begin, tile_end, [&](int begin, int end) {
+    panel_rows(w, panel, x, begin, end, sums, out + size_t(begin) * x.tile * ld + panel * kPanel, ld);
+  });
+}
+
+void gated_linear(const PackedWeight& gate, const PackedWeight& up, int panel, const Activations& x, int tile_begin,
+                  int tile_end, float* out, size_t ld, Activation activation) {
+  alignas(64) float gates[kSumRows * kPanel], ups[kSumRows * kPanel];
+  const int column = panel * kPanel, columns = gate.n - column < kPanel ? gate.n - column : kPanel;
+  over_runs(x, tile_begin, tile_end, [&](int begin, int end) {
+    panel_rows(gate, panel, x, begin, end, gates, gates, kPanel);
+    panel_rows(up, panel, x, begin, end, ups, ups, kPanel);
+    const int row = begin * x.tile, rows = (end * x.tile < x.rows ? end * x.tile : x.rows) - row;
+    for (int m = 0; m < rows; m++)
+      gated(gates + kPanel * m, ups + kPanel * m, out + (row + m) * ld + column, columns, activation);
+  });
 }
 
 }  // namespace

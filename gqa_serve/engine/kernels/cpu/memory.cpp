@@ -8,7 +8,6 @@ namespace gqa {
 
 namespace {
 constexpr size_t kChunk = 32 << 20;
-constexpr size_t kHugePage = 2 << 20;
 size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
 }  // namespace
 

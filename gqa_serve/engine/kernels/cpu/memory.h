@@ -10,6 +10,8 @@
 
 namespace gqa {
 
+constexpr size_t kHugePage = 2 << 20;
+
 // One anonymous mapping. Throws std::bad_alloc.
 class Mapping {
  public:

@@ -126,6 +126,11 @@ class Packer {
   Team team_;
 };
 
+Activation activation_kind(const std::string& name) {
+  return named<Activation>(
+      name, {{"silu", Activation::Silu}, {"gelu", Activation::Gelu}, {"gelu_tanh", Activation::GeluTanh}});
+}
+
 HeadParams head_params(int num_heads, int num_kv_heads, int head_dim, int rotary_dim, const std::string& qk_norm,
                        float eps) {
   HeadParams heads{};
@@ -145,6 +150,8 @@ void bind_weights(nb::module_& m) {
       .def_prop_ro("k", [](const Weight& w) { return w.packed.k; })
       .def_prop_ro("nbytes", [](const Weight& w) { return w.memory.size; })
       .def_prop_ro("format", &format_name)
+      .def("same_input", [](const Weight& w, const Weight& other) { return same_input(w.packed, other.packed); },
+           "other"_a, "Whether both read the same prepared activations.")
       .def(
           "set_bias",
           [](Weight& w, Address bias) {
@@ -214,12 +221,17 @@ void bind_recording(nb::class_<Program>& program) {
           },
           "parts"_a, "x"_a, "out"_a)
       .def(
+          "gated_linear",
+          [](Program& p, WeightPtr gate, WeightPtr up, Value x, Value out, const std::string& activation) {
+            if (gate->packed.n != up->packed.n || !same_input(gate->packed, up->packed))
+              throw std::invalid_argument("gate and up differ in shape or groups");
+            p.add(GatedLinearOp{gate, up, x, out, activation_kind(activation)});
+          },
+          "gate"_a, "up"_a, "x"_a, "out"_a, "activation"_a)
+      .def(
           "gated",
           [](Program& p, Value x, Value out, const std::string& activation) {
-            p.add(GatedOp{x, out,
-                          named<Activation>(activation, {{"silu", Activation::Silu},
-                                                         {"gelu", Activation::Gelu},
-                                                         {"gelu_tanh", Activation::GeluTanh}})});
+            p.add(GatedOp{x, out, activation_kind(activation)});
           },
           "x"_a, "out"_a, "activation"_a)
       .def(

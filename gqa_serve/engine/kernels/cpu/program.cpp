@@ -28,10 +28,6 @@ bool same_window(const AttentionParams& a, const AttentionParams& b) {
          a.window == b.window;
 }
 
-bool same_input(const PackedWeight& a, const PackedWeight& b) {
-  return a.quantized() == b.quantized() && (!a.quantized() || (a.group == b.group && a.k_padded == b.k_padded));
-}
-
 // Bytes of the prepared activations of `rows` rows, and where their parts begin.
 struct InputLayout {
   size_t scale, sum, outlier_count, outliers, size;
@@ -59,6 +55,10 @@ KVLayer describe_layer(KVFormat format, int num_kv_heads, int head_dim, int bloc
 }
 
 }  // namespace
+
+bool same_input(const PackedWeight& a, const PackedWeight& b) {
+  return a.k == b.k && a.quantized() == b.quantized() && (!a.quantized() || a.group == b.group);
+}
 
 // --- the cache ---------------------------------------------------------------------------------------------
 
@@ -120,16 +120,56 @@ void Program::reserve(int rows) {
   if (rows <= capacity_) return;
   rows = std::min(kMaxRows, std::max(rows, 2 * capacity_));
   capacity_ = 0;  // until all of it is there: an allocation may fail
+  // Kernels may read, and never use, a vector beyond the end.
+  auto bytes = [&](int width) { return round_up(size_t(rows) * width * 4, 64) + 64; };
+  size_t size = 0;
+  for (int width : widths_) size += bytes(width);
+  memory_ = std::make_unique<Mapping>(size, size >= kHugePage);
   buffers_.clear();
-  for (int width : widths_) buffers_.push_back(allocate(size_t(rows) * width));
+  size = 0;
+  for (int width : widths_) {
+    buffers_.push_back(reinterpret_cast<float*>(memory_->data() + size));
+    size += bytes(width);
+  }
   for (Rotary& rotary : rotaries_) {
     rotary.cos.resize(rows * rotary.inv_freq.size());
     rotary.sin.resize(rows * rotary.inv_freq.size());
   }
   for (const Op& op : ops_)
-    if (const LinearOp* linear = std::get_if<LinearOp>(&op))
+    if (const LinearOp* linear = std::get_if<LinearOp>(&op)) {
       for (const WeightPtr& part : linear->parts) reserve_input(part->packed, rows);
+    } else if (const GatedLinearOp* gated = std::get_if<GatedLinearOp>(&op)) {
+      reserve_input(gated->gate->packed, rows);
+    }
   capacity_ = rows;
+}
+
+void Program::find_tail(Value result) {
+  auto needs_tokens = [](const Op& op) {
+    return std::holds_alternative<EmbedOp>(op) || std::holds_alternative<RotateOp>(op) ||
+           std::holds_alternative<AttendOp>(op);
+  };
+  tail_ = ops_.size();
+  while (tail_ > 0 && !needs_tokens(ops_[tail_ - 1])) tail_--;
+  std::vector<Value> read, written;
+  auto add = [](std::vector<Value>& values, Value v) {
+    if (std::find(values.begin(), values.end(), v) == values.end()) values.push_back(v);
+  };
+  auto is_written = [&](Value v) { return std::find(written.begin(), written.end(), v) != written.end(); };
+  for (size_t i = tail_; i < ops_.size(); i++) {
+    std::visit(
+        [&](const auto& op) {
+          using T = std::decay_t<decltype(op)>;
+          if constexpr (requires { op.x; })
+            if (!is_written(op.x)) add(read, op.x);
+          if constexpr (std::is_same_v<T, AddNormOp>)
+            if (!is_written(op.residual)) add(read, op.residual);
+          add(written, op.out);
+        },
+        ops_[i]);
+  }
+  if (!is_written(result)) tail_ = ops_.size();  // all rows of it are there already
+  tail_inputs_ = std::move(read);
 }
 
 // Make the buffers of prepared activations large enough for `rows` rows of inputs of `weight`.
@@ -167,6 +207,7 @@ struct Program::Rows {
   const int64_t* positions;
   const int64_t* slots;
   std::vector<int32_t> query_start, context_lens, block_tables;
+  std::vector<int> wanted;  // rows whose results are wanted, ascending
   AttentionBatch attention;
 };
 
@@ -179,7 +220,10 @@ Program::Rows Program::cut(const Step& step, int begin, int end) const {
             {0},
             {},
             {},
+            {},
             {}};
+  for (int row : step.result_rows)
+    if (row >= begin && row < end) rows.wanted.push_back(row - begin);
   int start = 0;
   for (size_t b = 0; b < step.query_lens.size(); b++) {
     int stop = start + step.query_lens[b];
@@ -228,16 +272,16 @@ void Program::run(const Step& step, const KVCache& cache, Value result, float* o
     if (embed && !std::all_of(step.token_ids.begin(), step.token_ids.end(), known))
       throw std::invalid_argument("a token id is not in the vocabulary");
   }
-  size_t next = 0;
+  find_tail(result);
   for (int begin = 0; begin < num_tokens; begin += kMaxRows) {
     int end = std::min(begin + kMaxRows, num_tokens);
     reserve(end - begin);
     Rows part = cut(step, begin, end);
     plan_attention_of(part);
     team_.run([&](int thread) { execute(part, cache, thread); });
-    for (; next < step.result_rows.size() && step.result_rows[next] < end; next++) {
-      const float* from = value(result) + size_t(step.result_rows[next] - begin) * width;
-      std::memcpy(out + next * width, from, size_t(width) * 4);
+    for (size_t i = 0; i < part.wanted.size(); i++, out += width) {
+      size_t row = tail_ < ops_.size() ? i : part.wanted[i];
+      std::memcpy(out, value(result) + row * width, size_t(width) * 4);
     }
   }
 }
@@ -245,28 +289,49 @@ void Program::run(const Step& step, const KVCache& cache, Value result, float* o
 void Program::execute(const Rows& rows, const KVCache& cache, int thread) {
   compute_angles(rows, thread);
   const bool counted = thread == 0 && !seconds_.empty();
+  Rows wanted{};
+  wanted.count = int(rows.wanted.size());
   for (size_t i = 0; i < ops_.size(); i++) {
+    if (i >= tail_ && wanted.count == 0) return;
     auto start = counted ? Clock::now() : Clock::time_point();
-    std::visit(
-        [&](const auto& one) {
-          using T = std::decay_t<decltype(one)>;
-          if constexpr (std::is_same_v<T, RotateOp> || std::is_same_v<T, AttendOp>)
-            execute(one, rows, cache, thread);
-          else
-            execute(one, rows, thread);
-        },
-        ops_[i]);
+    if (i == tail_ && wanted.count < rows.count) gather_wanted(rows, thread);
+    execute(ops_[i], i >= tail_ ? wanted : rows, cache, thread);
     if (counted) seconds_[i] += std::chrono::duration<double>(Clock::now() - start).count();
   }
 }
 
+void Program::execute(const Op& op, const Rows& rows, const KVCache& cache, int thread) {
+  std::visit(
+      [&](const auto& one) {
+        using T = std::decay_t<decltype(one)>;
+        if constexpr (std::is_same_v<T, RotateOp> || std::is_same_v<T, AttendOp>)
+          execute(one, rows, cache, thread);
+        else
+          execute(one, rows, thread);
+      },
+      op);
+}
+
+// The wanted rows of what the tail reads move to the front.
+void Program::gather_wanted(const Rows& rows, int thread) {
+  team_.parallel_for(thread, int(tail_inputs_.size()), [&](int i) {
+    const size_t width = widths_[tail_inputs_[i]];
+    float* first = value(tail_inputs_[i]);
+    for (size_t to = 0; to < rows.wanted.size(); to++)
+      std::memmove(first + to * width, first + rows.wanted[to] * width, width * 4);
+  });
+}
+
 std::vector<std::pair<std::string, double>> Program::profile() {
-  static const char* const names[] = {"embed", "norm", "add and norm", "linear", "gated", "rotate and write", "attend"};
+  static const char* const names[] = {"embed", "norm", "add and norm", "linear", "gated linear", "gated",
+                                      "rotate and write", "attend"};
   std::vector<std::pair<std::string, double>> result;
   for (size_t i = 0; i < seconds_.size(); i++) {
     std::string name = names[ops_[i].index()];
     if (const LinearOp* linear = std::get_if<LinearOp>(&ops_[i]))
       name += " " + std::to_string(linear->parts[0]->packed.k) + " -> " + std::to_string(widths_[linear->out]);
+    if (const GatedLinearOp* gated = std::get_if<GatedLinearOp>(&ops_[i]))
+      name += " " + std::to_string(gated->gate->packed.k) + " -> 2 x " + std::to_string(widths_[gated->out]);
     auto same = [&](const auto& known) { return known.first == name; };
     auto known = std::find_if(result.begin(), result.end(), same);
     if (known == result.end()) known = result.insert(result.end(), {name, 0.0});
@@ -402,13 +467,10 @@ Activations Program::prepare(const PackedWeight& weight, const float* x, int row
   return a;
 }
 
-// out[:, i-th part's columns] = x @ part.T + bias. Blocks of rows whose activations fit the cache are multiplied
-// with all panels in turn.
-void Program::multiply(const WeightPtr* parts, int num_parts, const float* x, int rows, float* out, size_t ld,
-                       int thread) {
-  Activations a = prepare(parts[0]->packed, x, rows, thread);
-  int panels = 0;
-  for (int p = 0; p < num_parts; p++) panels += parts[p]->packed.num_panels();
+// fn(panel, end of panels, tile, end of tiles) for all pieces of a product with `panels` panels. Blocks of rows whose
+// activations fit the cache are multiplied with all panels in turn.
+template <class F>
+void Program::over_panels(const Activations& a, int panels, int thread, F&& fn) {
   size_t row_bytes = a.quantized ? a.k_padded : size_t(a.k) * 4;
   int block_rows = std::max(kMinBlockRows, int(kInputBlock / row_bytes));
   int block_tiles = std::max(1, block_rows / a.tile);
@@ -417,17 +479,35 @@ void Program::multiply(const WeightPtr* parts, int num_parts, const float* x, in
   int chunk = std::max(1, panels / (team_.threads() * kItemsPerThread));
   int chunks = (panels + chunk - 1) / chunk;
   team_.parallel_for(thread, blocks * chunks, [&](int item) {
-    int tile_begin = item / chunks * block_tiles;
-    int tile_end = std::min(tile_begin + block_tiles, a.num_tiles());
-    int panel = item % chunks * chunk, last = std::min(panel + chunk, panels);
+    int tile = item / chunks * block_tiles, panel = item % chunks * chunk;
+    fn(panel, std::min(panel + chunk, panels), tile, std::min(tile + block_tiles, a.num_tiles()));
+  });
+}
+
+// out[:, i-th part's columns] = x @ part.T + bias.
+void Program::multiply(const WeightPtr* parts, int num_parts, const float* x, int rows, float* out, size_t ld,
+                       int thread) {
+  Activations a = prepare(parts[0]->packed, x, rows, thread);
+  int panels = 0;
+  for (int p = 0; p < num_parts; p++) panels += parts[p]->packed.num_panels();
+  over_panels(a, panels, thread, [&](int panel, int last, int tile, int tile_end) {
     float* columns = out;
     for (int p = 0, first = 0; p < num_parts && panel < last; p++) {
       const PackedWeight& w = parts[p]->packed;
       for (; panel < std::min(last, first + w.num_panels()); panel++)
-        kernels_.linear(w, panel - first, a, tile_begin, tile_end, columns, ld);
+        kernels_.linear(w, panel - first, a, tile, tile_end, columns, ld);
       first += w.num_panels();
       columns += w.n;
     }
+  });
+}
+
+void Program::execute(const GatedLinearOp& op, const Rows& rows, int thread) {
+  const PackedWeight &gate = op.gate->packed, &up = op.up->packed;
+  Activations a = prepare(gate, value(op.x), rows.count, thread);
+  over_panels(a, gate.num_panels(), thread, [&](int panel, int last, int tile, int tile_end) {
+    for (; panel < last; panel++)
+      kernels_.gated_linear(gate, up, panel, a, tile, tile_end, value(op.out), gate.n, op.activation);
   });
 }
 

@@ -5,7 +5,8 @@
 // (gqa_serve/engine/backends/cpu_recorder.py). All operations of a step run inside one parallel region; threads meet at
 // a barrier after each.
 // Invariant: an operation's rows are independent of each other but for attention, which reads the cache; so a
-// step of many tokens may be computed kMaxRows at a time.
+// step of many tokens may be computed kMaxRows at a time, and after the last attention only the rows whose results are
+// wanted.
 #pragma once
 
 #include <atomic>
@@ -54,6 +55,11 @@ struct LinearOp {  // parts side by side in the output
   std::vector<WeightPtr> parts;
   Value x, out;
 };
+struct GatedLinearOp {  // out = activation(gate(x)) * up(x)
+  WeightPtr gate, up;
+  Value x, out;
+  Activation activation;
+};
 struct GatedOp {  // x: gate, then up
   Value x, out;
   Activation activation;
@@ -70,7 +76,10 @@ struct AttendOp {
   Value q, out;
   AttentionParams params;
 };
-using Op = std::variant<EmbedOp, NormOp, AddNormOp, LinearOp, GatedOp, RotateOp, AttendOp>;
+using Op = std::variant<EmbedOp, NormOp, AddNormOp, LinearOp, GatedLinearOp, GatedOp, RotateOp, AttendOp>;
+
+// Whether matrices read the same prepared activations.
+bool same_input(const PackedWeight& a, const PackedWeight& b);
 
 // The K and V of all layers.
 class KVCache {
@@ -130,21 +139,27 @@ class Program {
   struct Rows;  // the part of a step that is computed at once
 
   void reserve(int rows);
+  void find_tail(Value result);
   void reserve_input(const PackedWeight& weight, int rows);
   Rows cut(const Step& step, int begin, int end) const;
   void plan_attention_of(const Rows& rows);
   void execute(const Rows& rows, const KVCache& cache, int thread);
+  void execute(const Op& op, const Rows& rows, const KVCache& cache, int thread);
+  void gather_wanted(const Rows& rows, int thread);
   void compute_angles(const Rows& rows, int thread);
   void execute(const EmbedOp& op, const Rows& rows, int thread);
   void execute(const NormOp& op, const Rows& rows, int thread);
   void execute(const AddNormOp& op, const Rows& rows, int thread);
   void execute(const LinearOp& op, const Rows& rows, int thread);
+  void execute(const GatedLinearOp& op, const Rows& rows, int thread);
   void execute(const GatedOp& op, const Rows& rows, int thread);
   void execute(const RotateOp& op, const Rows& rows, const KVCache& cache, int thread);
   void execute(const AttendOp& op, const Rows& rows, const KVCache& cache, int thread);
+  template <class F>
+  void over_panels(const Activations& a, int panels, int thread, F&& fn);
   void multiply(const WeightPtr* parts, int num_parts, const float* x, int rows, float* out, size_t ld, int thread);
   Activations prepare(const PackedWeight& weight, const float* x, int rows, int thread);
-  float* value(Value v) { return buffers_[v].get(); }
+  float* value(Value v) { return buffers_[v]; }
 
   struct Free {
     void operator()(float* p) const;
@@ -159,7 +174,12 @@ class Program {
   std::vector<int> widths_;
   std::vector<Rotary> rotaries_;
   int capacity_ = 0;  // rows the buffers hold
-  std::vector<Buffer> buffers_;
+  std::unique_ptr<Mapping> memory_;
+  std::vector<float*> buffers_;  // of values, in `memory_`
+  // Operations from tail_ on follow the last attention (or embedding) and compute the result; they read tail_inputs_ of
+  // those before.
+  size_t tail_ = 0;
+  std::vector<Value> tail_inputs_;
   // Prepared activations: of all rows, and of a single row for each thread.
   size_t shared_input_bytes_ = 0, single_input_bytes_ = 0;
   Buffer shared_input_;
