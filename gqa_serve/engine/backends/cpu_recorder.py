@@ -5,8 +5,8 @@
                                                  go to the native Program in the order they were called
 
 Owns symbols and their lifetimes. Does not know what an operation computes, nor the model.
-Invariants: a buffer is given to another symbol only after the last operation that reads the first; what a linear
-layer of gate and up gives is read by its gated activation alone.
+Invariants: a buffer is given to another symbol only after the last operation that reads the first; what a
+linear layer of gate and up gives is read by its gated activation alone.
 """
 
 from __future__ import annotations
