@@ -13,8 +13,9 @@ import math
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
@@ -50,9 +51,19 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig) -> None:
         bar = ProgressBar("Loading weights")
         engine = AsyncEngine(path, engine_config, log_level=server_config.log_level, on_load=bar.update)
         try:
-            asyncio.run(_serve(engine, tokenizer, template, server_config, listener))
+            _run(_serve(engine, tokenizer, template, server_config, listener))
         finally:
             bar.close()
+
+
+def _run(main: Coroutine[Any, Any, None]) -> None:
+    """As asyncio.run, on uvloop's event loop where there is one: a token costs the API process less."""
+    if sys.platform == "win32":
+        asyncio.run(main)
+    else:
+        import uvloop
+
+        uvloop.run(main)
 
 
 def _listen(config: ServerConfig) -> socket.socket:
