@@ -170,7 +170,7 @@ def _announce(info: ModelInfo | None, listener: socket.socket, config: ServerCon
     shown = f"[{host}]" if ":" in host else host
     logger.info(
         "%s (%s): %d query heads over %d KV heads; %s weights; %s KV cache of %d tokens (%.1f GiB); "
-        "context %d; %s backend on %s.",
+        "context %d; %s backend on %s%s.",
         name,
         info.architecture,
         info.num_heads,
@@ -182,6 +182,7 @@ def _announce(info: ModelInfo | None, listener: socket.socket, config: ServerCon
         info.max_model_len,
         info.backend,
         info.device,
+        f" with {info.instruction_set}" if info.instruction_set else "",
     )
     body = f'{{"model": "{name}", "temperature": 0, "messages": [{{"role": "user", "content": "Hello!"}}]}}'
     print(

@@ -117,7 +117,8 @@ class ServingContext:
 
 def fingerprint(info: ModelInfo) -> str:
     """`system_fingerprint`: changes when the same seed may give other text."""
-    parts = (__version__, info.model, info.dtype, info.device, info.backend, info.weight_bytes)
+    computed = (info.device, info.backend, info.instruction_set, info.kv_dtype)
+    parts = (__version__, info.model, info.dtype, *computed, info.weight_bytes)
     return "fp_" + hashlib.blake2b(repr(parts).encode(), digest_size=5).hexdigest()
 
 

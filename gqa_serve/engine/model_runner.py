@@ -92,6 +92,7 @@ class ModelRunner:
             quantization="+".join(quantized) or "none",
             device=str(self.device),
             backend=self.backend.name,
+            instruction_set=self.backend.instruction_set,
             max_num_seqs=config.max_num_seqs,
             max_waiting=config.max_waiting,
             generation_config=generation_config,

@@ -232,6 +232,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     device: str
     backend: str
     max_num_seqs: int
+    instruction_set: str = ""
+    """What the native backend computes with: "avx512"."""
     max_waiting: int = 0
     generation_config: dict[str, Any] = {}
     """The checkpoint's generation_config.json: sampling defaults among others."""

@@ -130,6 +130,8 @@ class Backend(ABC):
     """
 
     name: str
+    instruction_set = ""
+    """Which of several kernels for one processor compute, where there are several."""
     kv_dtype: str
     block_multiple: int = 1
 

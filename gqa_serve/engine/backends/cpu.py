@@ -89,13 +89,13 @@ class CpuBackend(Backend):
     ) -> None:
         native = load()
         self.native = native
-        self.isa: str = native.isa_levels()[-1] if isa == "auto" else isa
+        self.instruction_set: str = native.isa_levels()[-1] if isa == "auto" else isa
         self.threads = threads
         self.dtype = dtype
         self.quantization = quantization
         self.kv_dtype = kv_dtype
         self.packer = native.Packer(threads)
-        self.program = native.Program(self.isa, threads)  # of single operations on tensors
+        self.program = native.Program(self.instruction_set, threads)  # of single operations on tensors
         self._recorder: Recorder | None = None
         self._logits = _floats(0)
 
@@ -186,7 +186,7 @@ class CpuBackend(Backend):
                 f"The native backend needs an even head_dim, not {decoder.config.head_dim}; "
                 "use --backend reference."
             )
-        program = self.native.Program(self.isa, self.threads)
+        program = self.native.Program(self.instruction_set, self.threads)
         self._recorder = recorder = Recorder(program)
         try:
             result = decoder.forward(cast("ForwardBatch", _NoBatch()), cast("KVCache", None))
