@@ -498,11 +498,13 @@ def test_int4_is_no_worse_than_rounding_to_the_range(
         assert (np.abs(part - back) <= 2.0 * step + slack[:, None]).all()
 
 
-def test_integer_formats_take_the_bytes_they_should() -> None:
+def test_formats_take_the_bytes_they_should() -> None:
     for (form, has_min), per_group in zip(INTEGERS, (32 + 2, 16 + 2, 16 + 4), strict=True):
         weight = pack(torch.ones(33, 65), form, 32, has_min)
         assert weight.nbytes == 64 * 3 * per_group  # 33 outputs are two panels, 65 inputs three groups
-    assert pack(torch.ones(33, 65), "bfloat16").nbytes == 64 * 65 * 2
+    # Pairs of inputs, padded to 32.
+    assert pack(torch.ones(33, 65), "bfloat16").nbytes == 64 * 96 * 2
+    assert pack(torch.ones(33, 65), "float16").nbytes == 64 * 65 * 2
 
 
 # --- activations that are not finite ---

@@ -5,8 +5,8 @@
 //
 //     F32     k rows of 32 floats
 //     F16     k rows of 32 halves
-//     BF16    k rows of 16 words; word j holds outputs j (low half) and j + 16 (high half), so that one shift
-//             and one mask widen a whole row
+//     BF16    k/2 rows of 32 words; word j of row p holds inputs 2p (low half) and 2p + 1 (high half) of output j,
+//             so that a shift or a mask widens 16 outputs, and 16 half rows are one tile of AMX
 //
 //     I8, I4  one run per group of `group` inputs, the last one shorter:
 //             | 32 f16 scales | 32 f16 minima, if has_min | quads |
@@ -16,7 +16,7 @@
 //             weight = scale * q (+ minimum);  I8: -128 <= q <= 127;  I4: -8 <= q <= 7, or 0 <= q <= 15 with
 //             a minimum
 //
-// Outputs beyond n and inputs beyond k are zero: k is padded to a multiple of 32 for I8 and I4, and not at all
+// Outputs beyond n and inputs beyond k are zero: k is padded to a multiple of 32 for BF16, I8 and I4, and not at all
 // for the others.
 //
 // Invariant: the layouts of weights and cache do not depend on the instruction set. Activations are written and read
@@ -30,6 +30,7 @@ namespace gqa {
 
 constexpr int kPanel = 32;      // outputs of one panel
 constexpr int kQuantBlock = 32; // a group is a multiple of this
+constexpr int kInputPad = 32;   // and so is k as it is packed, for BF16, I8 and I4
 
 enum class WeightFormat : uint8_t { F32, BF16, F16, I8, I4 };
 

@@ -225,20 +225,32 @@ template <int kBytes> GQA_INLINE void fetch(Ahead& ahead) {
 
 // --- float weights ---
 
-template <WeightFormat F> constexpr int kRowBytes = F == WeightFormat::F32 ? 128 : 64;
+// A panel's rows hold one input of 32 outputs, or a pair of them.
+template <WeightFormat F> constexpr int kRowInputs = F == WeightFormat::BF16 ? 2 : 1;
+template <WeightFormat F> constexpr int kRowBytes = F == WeightFormat::F16 ? 64 : 128;
 
-// V vectors of one input's 32 weights, from half H on.
-template <WeightFormat F, int V, int H> GQA_INLINE void widen(const uint8_t* w, f32x16* out) {
-  if constexpr (F == WeightFormat::BF16) {
-    const i32x16 words = iload(w);
-    out[0] = H == 0 ? bf16_low(words) : bf16_high(words);
-    if constexpr (V == 2) out[1] = bf16_high(words);
-  } else {
+// V vectors of the 32 weights of input I of a row, from half H on.
+template <WeightFormat F, int V, int H, int I> GQA_INLINE void widen(const uint8_t* w, f32x16* out) {
 #pragma GCC unroll 2
-    for (int v = 0; v < V; v++) {
-      if constexpr (F == WeightFormat::F32) out[v] = load(reinterpret_cast<const float*>(w) + 16 * (H + v));
-      else out[v] = load_f16(reinterpret_cast<const uint16_t*>(w) + 16 * (H + v));
-    }
+  for (int v = 0; v < V; v++) {
+    if constexpr (F == WeightFormat::F32) out[v] = load(reinterpret_cast<const float*>(w) + 16 * (H + v));
+    else if constexpr (F == WeightFormat::F16) out[v] = load_f16(reinterpret_cast<const uint16_t*>(w) + 16 * (H + v));
+    else if constexpr (I == 0) out[v] = bf16_low(iload(w + 64 * (H + v)));
+    else out[v] = bf16_high(iload(w + 64 * (H + v)));
+  }
+}
+
+// Input I of the row at w, of R rows of activations.
+template <WeightFormat F, int R, int V, int H, int I>
+GQA_INLINE void add_input(const uint8_t* w, const float* x, f32x16 (&acc)[R][V], Ahead& ahead) {
+  f32x16 weights[V];
+  widen<F, V, H, I>(w, weights);
+  if constexpr (H == 0) fetch<kRowBytes<F> / kRowInputs<F>>(ahead);
+#pragma GCC unroll 16
+  for (int m = 0; m < R; m++) {
+    const f32x16 input = set1(x[R * I + m]);
+#pragma GCC unroll 2
+    for (int v = 0; v < V; v++) acc[m][v] = fma(input, weights[v], acc[m][v]);
   }
 }
 
@@ -250,19 +262,13 @@ GQA_INLINE void float_half(const uint8_t* w, int inputs, const float* x, float* 
 #pragma GCC unroll 2
     for (int v = 0; v < V; v++) acc[m][v] = load(sums + 32 * m + 16 * (H + v));
 #pragma GCC unroll 2
-  for (int i = 0; i < inputs; i++) {
-    f32x16 weights[V];
-    widen<F, V, H>(w, weights);
-    if constexpr (H == 0) fetch<kRowBytes<F>>(ahead);
-#pragma GCC unroll 16
-    for (int m = 0; m < R; m++) {
-      const f32x16 input = set1(x[m]);
-#pragma GCC unroll 2
-      for (int v = 0; v < V; v++) acc[m][v] = fma(input, weights[v], acc[m][v]);
-    }
+  for (int i = kRowInputs<F>; i <= inputs; i += kRowInputs<F>) {
+    add_input<F, R, V, H, 0>(w, x, acc, ahead);
+    if constexpr (kRowInputs<F> == 2) add_input<F, R, V, H, 1>(w, x, acc, ahead);
     w += kRowBytes<F>;
-    x += R;
+    x += R * kRowInputs<F>;
   }
+  if (inputs % kRowInputs<F>) add_input<F, R, V, H, 0>(w, x, acc, ahead);
 #pragma GCC unroll 16
   for (int m = 0; m < R; m++)
 #pragma GCC unroll 2
@@ -582,7 +588,7 @@ void float_panel(const uint8_t* w, const Activations& x, int tile_begin, int til
   const FloatKernel full = float_kernel<F>(x.tile), last = float_kernel<F>(x.tile_rows(x.num_tiles() - 1));
   for (int i = 0; i < x.k; i += kFloatChunk) {
     const int inputs = x.k - i < kFloatChunk ? x.k - i : kFloatChunk;
-    const size_t bytes = size_t(inputs) * kRowBytes<F>;
+    const size_t bytes = size_t(inputs) * kRowBytes<F> / kRowInputs<F>;
     float* to = sums;
     for (int t = tile_begin; t < tile_end; t++) {
       const int rows = x.tile_rows(t);

@@ -97,7 +97,7 @@ class Packer {
     packed.has_min = has_min;
     packed.n = n;
     packed.k = k;
-    packed.k_padded = packed.quantized() ? (k + kQuantBlock - 1) / kQuantBlock * kQuantBlock : k;
+    packed.k_padded = padded_inputs(format, k);
     packed.group = packed.quantized() && group == 0 ? packed.k_padded : group;
     if (packed.quantized() && (packed.group <= 0 || packed.group % kQuantBlock))
       throw std::invalid_argument("a quantization group is a multiple of 32");
