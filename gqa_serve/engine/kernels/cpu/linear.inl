@@ -225,6 +225,23 @@ template <int kBytes> GQA_INLINE void fetch(Ahead& ahead) {
 
 // --- float weights ---
 
+// Keeps what follows from being moved before what precedes, and what `p` points at in memory.
+template <class T> GQA_INLINE void pin(T*& p) { asm volatile("" : "+r"(p) : : "memory"); }
+
+// acc = fma(a, b, acc), in place: else GCC, where sums fill the registers, moves some to memory and back.
+#if defined(__AVX512F__)
+GQA_INLINE void add_product(f32x16& acc, f32x16 a, f32x16 b) {
+  asm("vfmadd231ps %2, %1, %0" : "+v"(acc.v) : "v"(a.v), "v"(b.v));
+}
+#elif defined(__AVX2__)
+GQA_INLINE void add_product(f32x16& acc, f32x16 a, f32x16 b) {
+  asm("vfmadd231ps %2, %1, %0" : "+x"(acc.a) : "x"(a.a), "x"(b.a));
+  asm("vfmadd231ps %2, %1, %0" : "+x"(acc.b) : "x"(a.b), "x"(b.b));
+}
+#else
+GQA_INLINE void add_product(f32x16& acc, f32x16 a, f32x16 b) { acc = fma(a, b, acc); }
+#endif
+
 // A panel's rows hold one input of 32 outputs, or a pair of them.
 template <WeightFormat F> constexpr int kRowInputs = F == WeightFormat::BF16 ? 2 : 1;
 template <WeightFormat F> constexpr int kRowBytes = F == WeightFormat::F16 ? 64 : 128;
@@ -250,7 +267,7 @@ GQA_INLINE void add_input(const uint8_t* w, const float* x, f32x16 (&acc)[R][V],
   for (int m = 0; m < R; m++) {
     const f32x16 input = set1(x[R * I + m]);
 #pragma GCC unroll 2
-    for (int v = 0; v < V; v++) acc[m][v] = fma(input, weights[v], acc[m][v]);
+    for (int v = 0; v < V; v++) add_product(acc[m][v], input, weights[v]);
   }
 }
 
@@ -261,10 +278,13 @@ GQA_INLINE void float_half(const uint8_t* w, int inputs, const float* x, float* 
   for (int m = 0; m < R; m++)
 #pragma GCC unroll 2
     for (int v = 0; v < V; v++) acc[m][v] = load(sums + 32 * m + 16 * (H + v));
-#pragma GCC unroll 2
+#pragma GCC unroll 1
   for (int i = kRowInputs<F>; i <= inputs; i += kRowInputs<F>) {
     add_input<F, R, V, H, 0>(w, x, acc, ahead);
-    if constexpr (kRowInputs<F> == 2) add_input<F, R, V, H, 1>(w, x, acc, ahead);
+    if constexpr (kRowInputs<F> == 2) {
+      pin(w); // or what was loaded would be kept for its other half, in registers that sums need
+      add_input<F, R, V, H, 1>(w, x, acc, ahead);
+    }
     w += kRowBytes<F>;
     x += R * kRowInputs<F>;
   }
@@ -433,9 +453,6 @@ struct RowTerms {
 
 template <WeightFormat F> constexpr int kBlockBytes = F == WeightFormat::I8 ? 1024 : 512;
 template <bool kMin> constexpr int kHeadBytes = kMin ? 128 : 64;
-
-// Keeps what follows from being moved before what precedes, and what `p` points at in memory.
-template <class T> GQA_INLINE void pin(T*& p) { asm volatile("" : "+r"(p) : : "memory"); }
 
 template <int R, int V> GQA_INLINE void start_sums(const int32_t* start, i32x16 (&acc)[kSets<R, V>][R][V]) {
 #pragma GCC unroll 16
