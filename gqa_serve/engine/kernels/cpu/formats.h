@@ -20,7 +20,7 @@
 // for the others.
 //
 // Invariant: the layouts of weights and cache do not depend on the instruction set. Activations are written and read
-// by the same kernels, and AMX arranges its larger tiles in its own way (linear_amx.inl).
+// by the same kernels, and AMX arranges its tiles of int8 in its own way (linear_amx.inl).
 #pragma once
 
 #include <cstddef>
@@ -54,11 +54,15 @@ struct PackedWeight {
 // that starts at row r0 and has r rows:
 //
 //     float      f32 + r0 * k               k runs of r floats: input i of row r0 + m is at [i * r + m]
+//     split      bf16 + r0 * k_padded * 3   k_padded/32 steps of 3 * r rows of 32 words: word i of row p * r + m is part
+//                                           p of input 32*step + i of row r0 + m
 //     quantized  q + r0 * k_padded          k_padded/4 runs of r quads: input 4*c + i of row r0 + m is at
 //                                           [(c * r + m) * 4 + i]
 //                scale, sum + r0 * groups   groups runs of r: group g of row r0 + m is at [g * r + m]
 //
-// x = scale * q with -127 <= q <= 127, per row and group; `sum` is the sum of q over the group. An input that is
+// Split: x is the sum of three bfloat16 numbers, for BF16 weights on AMX; inputs beyond k are zero.
+//
+// Quantized: x = scale * q with -127 <= q <= 127, per row and group; `sum` is the sum of q over the group. An input that is
 // more than kOutlier times its group's mean magnitude has q = 0, so that it does not spoil the scale of the others; it
 // is in the row's list instead, in order: outliers + row * outlier_capacity(k), outlier_count[row] of them.
 constexpr int kOutlier = 8;
@@ -71,9 +75,11 @@ struct Outlier {
 
 struct Activations {
   int rows, k, tile;
-  bool quantized;
-  int k_padded, group, groups; // quantized only
+  bool quantized, split;
+  int k_padded;                // quantized or split
+  int group, groups;           // quantized only
   const float* f32;
+  const uint16_t* bf16;
   const int8_t* q;
   const float* scale;
   const int32_t* sum;

@@ -9,6 +9,7 @@
 #include "linear.inl"
 #if defined(__AMX_INT8__)
 #include "linear_amx.inl"
+#include "linear_amx_float.inl"
 #endif
 #include "rows.inl"
 
@@ -20,6 +21,7 @@ namespace gqa {
 const Kernels& GQA_KERNELS() {
   static constexpr Kernels table = {
       GQA_STRING(GQA_KERNELS) + sizeof("kernels_") - 1,
+      kSplits,
       tile_rows,
       prepare,
       linear,

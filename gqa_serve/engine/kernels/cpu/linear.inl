@@ -8,7 +8,7 @@
 // Invariant: float: fma over inputs 0, 1, ... from 0.0f, then + bias. Quantized: per group, in order,
 // acc = fma(float(i) * x_scale, w_scale, acc) with i the exact integer sum, then the same with the sum of the
 // activations and the minimum; then acc = fma(x, w, acc) for each outlier; then + bias. Rows, tiles and chunks do not
-// change what is computed.
+// change what is computed. The exception: AMX multiplies BF16 weights in its own order (linear_amx_float.inl).
 #pragma once
 
 namespace gqa {
@@ -40,18 +40,25 @@ constexpr int kMagicSum = 1 << 22;
 
 // --- activations ---
 
-#if defined(__AMX_INT8__)  // linear_amx.inl
-constexpr int kAmxRows = 16, kAmxLeast = 6;
+#if defined(__AMX_INT8__)  // linear_amx.inl, linear_amx_float.inl
+constexpr bool kSplits = true;
+constexpr int kAmxRows = 16, kAmxLeast = 6, kSplitRows = 32;
 bool on_amx(const Activations& x);
 void prepare_amx(const float* x, size_t ld, int rows, const Activations& out, int row);
 void multiply_panel_amx(const PackedWeight& w, const uint8_t* data, const Activations& x, int tile_begin, int tile_end,
                         float* sums);
+void prepare_split(const float* x, size_t ld, int rows, const Activations& out, int row);
+void multiply_panel_split(const uint8_t* w, const Activations& x, int tile_begin, int tile_end, float* sums);
+#else
+constexpr bool kSplits = false;
 #endif
 
-int tile_rows(bool quantized, int rows) {
+int tile_rows(WeightFormat format, int rows) {
+  const bool quantized = format == WeightFormat::I8 || format == WeightFormat::I4;
   int most = quantized ? kQuantRows : kFloatRows;
 #if defined(__AMX_INT8__)
   if (quantized && rows >= kAmxLeast) most = kAmxRows;
+  if (format == WeightFormat::BF16) most = kSplitRows;
 #endif
   if (rows <= most) return rows < 1 ? 1 : rows;
   const int tiles = (rows + most - 1) / most;
@@ -196,6 +203,7 @@ void prepare(const float* x, size_t ld, const Activations& out, int tile) {
   const int rows = out.tile_rows(tile), row = tile * out.tile;
   x += size_t(row) * ld;
 #if defined(__AMX_INT8__)
+  if (out.split) return prepare_split(x, ld, rows, out, row);
   if (on_amx(out)) return prepare_amx(x, ld, rows, out, row);
 #endif
   if (out.quantized) prepare_quantized(x, ld, rows, out, row);
@@ -647,6 +655,7 @@ void quant_panel(const uint8_t* w, const Activations& x, int tile_begin, int til
 void multiply_panel(const PackedWeight& w, const uint8_t* data, const Activations& x, int tile_begin, int tile_end,
                     float* sums) {
 #if defined(__AMX_INT8__)
+  if (x.split) return multiply_panel_split(data, x, tile_begin, tile_end, sums);
   if (on_amx(x)) return multiply_panel_amx(w, data, x, tile_begin, tile_end, sums);
 #endif
   switch (w.format) {

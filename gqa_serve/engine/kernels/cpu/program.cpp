@@ -28,16 +28,27 @@ bool same_window(const AttentionParams& a, const AttentionParams& b) {
          a.window == b.window;
 }
 
-bool same_input(const PackedWeight& a, const PackedWeight& b) {
-  return a.quantized() == b.quantized() && (!a.quantized() || (a.group == b.group && a.k_padded == b.k_padded));
+bool splits_input(const Kernels& kernels, const PackedWeight& w) {
+  return kernels.splits && w.format == WeightFormat::BF16;
+}
+
+// Bytes of one prepared row, without what quantization adds.
+size_t input_bytes(const Kernels& kernels, const PackedWeight& w) {
+  if (w.quantized()) return size_t(w.k_padded);
+  return splits_input(kernels, w) ? size_t(w.k_padded) * 6 : size_t(w.k) * 4;
+}
+
+bool same_input(const Kernels& kernels, const PackedWeight& a, const PackedWeight& b) {
+  return a.quantized() == b.quantized() && splits_input(kernels, a) == splits_input(kernels, b) &&
+         (!a.quantized() || (a.group == b.group && a.k_padded == b.k_padded));
 }
 
 // Bytes of the prepared activations of `rows` rows, and where their parts begin.
 struct InputLayout {
   size_t scale, sum, outlier_count, outliers, size;
-  InputLayout(const PackedWeight& w, int rows) {
+  InputLayout(const Kernels& kernels, const PackedWeight& w, int rows) {
     if (!w.quantized()) {
-      scale = sum = outlier_count = outliers = size = size_t(rows) * w.k * 4;
+      scale = sum = outlier_count = outliers = size = size_t(rows) * input_bytes(kernels, w);
       return;
     }
     scale = round_up(size_t(rows) * w.k_padded, 64);
@@ -134,7 +145,7 @@ void Program::reserve(int rows) {
 
 // Make the buffers of prepared activations large enough for `rows` rows of inputs of `weight`.
 void Program::reserve_input(const PackedWeight& weight, int rows) {
-  size_t shared = InputLayout(weight, rows).size, single = InputLayout(weight, 1).size;
+  size_t shared = InputLayout(kernels_, weight, rows).size, single = InputLayout(kernels_, weight, 1).size;
   if (shared > shared_input_bytes_) {
     shared_input_ = allocate(shared / 4);
     shared_input_bytes_ = shared;
@@ -363,7 +374,7 @@ void Program::execute(const LinearOp& op, const Rows& rows, int thread) {
   while (begin < op.parts.size()) {  // parts that read the same prepared activations go together
     size_t end = begin;
     int n = 0;
-    for (; end < op.parts.size() && same_input(op.parts[begin]->packed, op.parts[end]->packed); end++)
+    for (; end < op.parts.size() && same_input(kernels_, op.parts[begin]->packed, op.parts[end]->packed); end++)
       n += op.parts[end]->packed.n;
     multiply(&op.parts[begin], int(end - begin), value(op.x), rows.count, out, ld, thread);
     out += n;
@@ -378,18 +389,20 @@ Activations Program::prepare(const PackedWeight& weight, const float* x, int row
   a.rows = rows;
   a.k = weight.k;
   a.quantized = weight.quantized();
-  a.tile = kernels_.tile_rows(a.quantized, rows);
+  a.split = splits_input(kernels_, weight);
+  a.tile = kernels_.tile_rows(weight.format, rows);
+  a.k_padded = weight.k_padded;
   if (a.quantized) {
-    a.k_padded = weight.k_padded;
     a.group = weight.group;
     a.groups = weight.num_groups();
-  } else if (rows == 1) {
+  } else if (rows == 1 && !a.split) {
     a.f32 = x;
     return a;
   }
-  InputLayout layout(weight, rows);
+  InputLayout layout(kernels_, weight, rows);
   uint8_t* memory = reinterpret_cast<uint8_t*>((rows == 1 ? single_inputs_[thread] : shared_input_).get());
   a.f32 = reinterpret_cast<const float*>(memory);
+  a.bf16 = reinterpret_cast<const uint16_t*>(memory);
   a.q = reinterpret_cast<const int8_t*>(memory);
   a.scale = reinterpret_cast<const float*>(memory + layout.scale);
   a.sum = reinterpret_cast<const int32_t*>(memory + layout.sum);
@@ -409,8 +422,7 @@ void Program::multiply(const WeightPtr* parts, int num_parts, const float* x, in
   Activations a = prepare(parts[0]->packed, x, rows, thread);
   int panels = 0;
   for (int p = 0; p < num_parts; p++) panels += parts[p]->packed.num_panels();
-  size_t row_bytes = a.quantized ? a.k_padded : size_t(a.k) * 4;
-  int block_rows = std::max(kMinBlockRows, int(kInputBlock / row_bytes));
+  int block_rows = std::max(kMinBlockRows, int(kInputBlock / input_bytes(kernels_, parts[0]->packed)));
   int block_tiles = std::max(1, block_rows / a.tile);
   int blocks = (a.num_tiles() + block_tiles - 1) / block_tiles;
   block_tiles = (a.num_tiles() + blocks - 1) / blocks;
