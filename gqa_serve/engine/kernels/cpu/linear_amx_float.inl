@@ -19,9 +19,10 @@ namespace gqa {
 namespace {
 
 constexpr int kSplitInputs = 32;                        // of a step
-constexpr int kSplitChunk = 512;                        // inputs of a chunk, where it serves several tiles
+constexpr int kSplitChunk = 1024;                        // inputs of a chunk, where it serves several tiles
 constexpr size_t kStepBytes = kSplitInputs * kPanel * 2; // of weights
-constexpr size_t kStreamAhead = 8 << 10;                // bytes read ahead, where a chunk serves one tile
+constexpr size_t kStreamAhead = 4 << 10;                 // bytes read ahead, where a chunk serves one tile
+constexpr int kShares = 6;                               // of a step's share of reading ahead
 
 // --- activations ---
 
@@ -68,28 +69,39 @@ void configure_split(int first, int second) {
   const uint8_t a = uint8_t(first), b = uint8_t(second ? second : first);
   const uint8_t tile_rows[8] = {a, a, b, b, a, b, 16, 16};
   memcpy(config.rows, tile_rows, 8);
-  asm volatile("" : : : "memory"); // the intrinsics do not say what they read
+  asm volatile("" : : "r"(&config) : "memory"); // the intrinsic does not say that it reads all of it
   _tile_loadconfig(&config);
 }
 
+// Reads ahead between multiplications, some lines at a time: more would hold up the loads of tiles. kNear: into L1.
+template <bool kNear> GQA_INLINE void fetch_share(Ahead& ahead) {
+  for (size_t i = 0; i < ahead.step; i += 64) __builtin_prefetch(ahead.next + i, 0, kNear ? 3 : 2);
+  ahead.next += ahead.step;
+}
+
 // sums [rows][32] += one chunk, of up to 16 rows.
+template <bool kNear>
 void add_steps(const uint8_t* w, int steps, const uint16_t* x, int rows, float* sums, Ahead ahead) {
   const size_t part = size_t(rows) * kSplitInputs;
   _tile_loadd(0, sums, 128);
   _tile_loadd(1, sums + 16, 128);
   for (int s = 0; s < steps; s++) {
-    for (size_t b = 0; b < ahead.step; b += 64) __builtin_prefetch(ahead.next + b, 0, 2);
-    ahead.next += ahead.step;
     _tile_loadd(6, w, 128);
+    fetch_share<kNear>(ahead);
     _tile_loadd(4, x, 64);
     _tile_dpbf16ps(0, 4, 6);
+    fetch_share<kNear>(ahead);
     _tile_loadd(7, w + 64, 128);
+    fetch_share<kNear>(ahead);
     _tile_dpbf16ps(1, 4, 7);
     _tile_loadd(5, x + part, 64);
+    fetch_share<kNear>(ahead);
     _tile_dpbf16ps(0, 5, 6);
     _tile_dpbf16ps(1, 5, 7);
+    fetch_share<kNear>(ahead);
     _tile_loadd(4, x + 2 * part, 64);
     _tile_dpbf16ps(0, 4, 6);
+    fetch_share<kNear>(ahead);
     _tile_dpbf16ps(1, 4, 7);
     w += kStepBytes;
     x += 3 * part;
@@ -100,6 +112,7 @@ void add_steps(const uint8_t* w, int steps, const uint16_t* x, int rows, float* 
 
 // The same of 17 to 32 rows, `first` of them in the first tiles. An activation tile is loaded while those before it
 // are multiplied.
+template <bool kNear>
 void add_steps(const uint8_t* w, int steps, const uint16_t* x, int rows, int first, float* sums, Ahead ahead) {
   const size_t part = size_t(rows) * kSplitInputs, second = size_t(first) * kSplitInputs;
   float* below = sums + first * kPanel;
@@ -108,8 +121,6 @@ void add_steps(const uint8_t* w, int steps, const uint16_t* x, int rows, int fir
   _tile_loadd(2, below, 128);
   _tile_loadd(3, below + 16, 128);
   for (int s = 0; s < steps; s++) {
-    for (size_t b = 0; b < ahead.step; b += 64) __builtin_prefetch(ahead.next + b, 0, 2);
-    ahead.next += ahead.step;
     _tile_loadd(6, w, 128);
     _tile_loadd(7, w + 64, 128);
     _tile_loadd(4, x, 64);
@@ -117,10 +128,12 @@ void add_steps(const uint8_t* w, int steps, const uint16_t* x, int rows, int fir
     for (int p = 0; p < 3; p++) {
       _tile_loadd(5, x + second, 64);
       _tile_dpbf16ps(0, 4, 6);
+      fetch_share<kNear>(ahead);
       _tile_dpbf16ps(1, 4, 7);
       x += part;
       if (p < 2) _tile_loadd(4, x, 64);
       _tile_dpbf16ps(2, 5, 6);
+      fetch_share<kNear>(ahead);
       _tile_dpbf16ps(3, 5, 7);
     }
     w += kStepBytes;
@@ -131,25 +144,34 @@ void add_steps(const uint8_t* w, int steps, const uint16_t* x, int rows, int fir
   _tile_stored(3, below + 16, 128);
 }
 
-// sums [rows of the tiles][32] += one panel. Few rows are bound by memory: one tile reads a panel in one go.
-void multiply_panel_split(const uint8_t* w, const Activations& x, int tile_begin, int tile_end, float* sums) {
-  const int tiles = tile_end - tile_begin, chunk = tiles == 1 ? x.k_padded : kSplitChunk;
+template <bool kNear>
+void add_chunk(const uint8_t* w, int inputs, const Activations& x, int begin, int tile_begin, int tile_end,
+               float* sums) {
+  const int tiles = tile_end - tile_begin, steps = inputs / kSplitInputs;
   int configured = 0;
-  for (int i = 0; i < x.k_padded; i += chunk) {
-    const int inputs = x.k_padded - i < chunk ? x.k_padded - i : chunk, steps = inputs / kSplitInputs;
-    const size_t bytes = size_t(steps) * kStepBytes;
-    float* to = sums;
-    for (int t = tile_begin; t < tile_end; t++) {
-      const int rows = x.tile_rows(t), first = rows > 16 ? (rows + 1) / 2 : rows;
-      const uint16_t* input = x.bf16 + (size_t(t) * x.tile * x.k_padded + size_t(i) * rows) * 3;
-      const Ahead ahead = tiles == 1 ? Ahead{w + kStreamAhead, kStepBytes}
-                                     : read_ahead(w, bytes, t - tile_begin, tiles, steps);
-      if (rows != configured) configure_split(first, rows - first), configured = rows;
-      if (rows > 16) add_steps(w, steps, input, rows, first, to, ahead);
-      else add_steps(w, steps, input, rows, to, ahead);
-      to += 32 * rows;
+  for (int t = tile_begin; t < tile_end; t++) {
+    const int rows = x.tile_rows(t), first = rows > 16 ? (rows + 1) / 2 : rows;
+    const uint16_t* input = x.bf16 + (size_t(t) * x.tile * x.k_padded + size_t(begin) * rows) * 3;
+    const Ahead ahead = kNear ? Ahead{w + kStreamAhead, (kStepBytes + kShares - 1) / kShares}
+                              : read_ahead(w, steps * kStepBytes, t - tile_begin, tiles, steps * kShares);
+    if (rows != configured) configure_split(first, rows - first);
+    configured = rows;
+    if (rows > 16) add_steps<kNear>(w, steps, input, rows, first, sums, ahead);
+    else add_steps<kNear>(w, steps, input, rows, sums, ahead);
+    sums += 32 * rows;
+  }
+}
+
+// sums [rows of the tiles][32] += one panel. A single tile takes it in one go, and so reads it from memory.
+void multiply_panel_split(const uint8_t* w, const Activations& x, int tile_begin, int tile_end, float* sums) {
+  if (tile_end - tile_begin == 1) {
+    add_chunk<true>(w, x.k_padded, x, 0, tile_begin, tile_end, sums);
+  } else {
+    for (int i = 0; i < x.k_padded; i += kSplitChunk) {
+      const int inputs = x.k_padded - i < kSplitChunk ? x.k_padded - i : kSplitChunk;
+      add_chunk<false>(w, inputs, x, i, tile_begin, tile_end, sums);
+      w += size_t(inputs) / kSplitInputs * kStepBytes;
     }
-    w += bytes;
   }
   _tile_release();
 }
