@@ -133,7 +133,7 @@ def bench_engine(report: Report, model: str, path: Path, form: str, args: Any) -
 
 
 def _peaks(form: str, limits: Limits) -> dict[str, float]:
-    """Multiply-adds of one weight count once, though tiles of bfloat16 need three for a float32 activation."""
+    """Of one multiply-add per weight and activation, for which tiles of bfloat16 need three."""
     if FORMATS[form][1]:
         return {"int8 peak": limits.int8_ops}
     peaks = {"float32 peak": limits.float_ops}
