@@ -1,8 +1,8 @@
 """What this machine can do at most, and how a measurement compares with it.
 
 Owns the limits (read bandwidth; float32, int8 and bfloat16 peak; measured by loops in the native module) and
-the table of results. A machine's speed drifts, so limits are measured before and after each part of a run, and
-a part is compared with the better of the two.
+the table of results. A machine's speed drifts, so limits are measured before and after each part of a run,
+and a part is compared with the better of the two.
 """
 
 from __future__ import annotations

@@ -54,15 +54,14 @@ struct PackedWeight {
 // that starts at row r0 and has r rows:
 //
 //     float      f32 + r0 * k               k runs of r floats: input i of row r0 + m is at [i * r + m]
-//     split      bf16 + r0 * k_padded * 3   k_padded/32 steps of 3 * r rows of 32 words: word i of row p * r + m is part
-//                                           p of input 32*step + i of row r0 + m
+//     split      bf16 + r0 * k_padded * 3   k_padded/32 steps of 3 * r rows of 32 words: word i of row p * r + m
+//                                           is part p of input 32 * step + i of row r0 + m
 //     quantized  q + r0 * k_padded          k_padded/4 runs of r quads: input 4*c + i of row r0 + m is at
 //                                           [(c * r + m) * 4 + i]
 //                scale, sum + r0 * groups   groups runs of r: group g of row r0 + m is at [g * r + m]
 //
-// Split: x is the sum of three bfloat16 numbers, for BF16 weights on AMX; inputs beyond k are zero.
-//
-// Quantized: x = scale * q with -127 <= q <= 127, per row and group; `sum` is the sum of q over the group. An input that is
+// split, for BF16 weights on AMX: x is the sum of three bfloat16 parts; inputs beyond k are zero. quantized:
+// x = scale * q with -127 <= q <= 127, per row and group; `sum` is the sum of q over the group. An input that is
 // more than kOutlier times its group's mean magnitude has q = 0, so that it does not spoil the scale of the others; it
 // is in the row's list instead, in order: outliers + row * outlier_capacity(k), outlier_count[row] of them.
 constexpr int kOutlier = 8;
@@ -76,7 +75,7 @@ struct Outlier {
 struct Activations {
   int rows, k, tile;
   bool quantized, split;
-  int k_padded;                // quantized or split
+  int k_padded;                // as the weight's
   int group, groups;           // quantized only
   const float* f32;
   const uint16_t* bf16;

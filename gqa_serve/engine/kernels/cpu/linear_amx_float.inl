@@ -18,11 +18,11 @@
 namespace gqa {
 namespace {
 
-constexpr int kSplitInputs = 32;                        // of a step
+constexpr int kSplitInputs = 32;                         // of a step
 constexpr int kSplitChunk = 1024;                        // inputs of a chunk, where it serves several tiles
 constexpr size_t kStepBytes = kSplitInputs * kPanel * 2; // of weights
 constexpr size_t kStreamAhead = 4 << 10;                 // bytes read ahead, where a chunk serves one tile
-constexpr int kShares = 6;                               // of a step's share of reading ahead
+constexpr int kShares = 6;                               // of what a step reads ahead
 
 // --- activations ---
 
@@ -144,6 +144,7 @@ void add_steps(const uint8_t* w, int steps, const uint16_t* x, int rows, int fir
   _tile_stored(3, below + 16, 128);
 }
 
+// sums [rows of the tiles][32] += one chunk, inputs `begin` and on. kNear: there is one tile.
 template <bool kNear>
 void add_chunk(const uint8_t* w, int inputs, const Activations& x, int begin, int tile_begin, int tile_end,
                float* sums) {
