@@ -132,6 +132,16 @@ def bench_engine(report: Report, model: str, path: Path, form: str, args: Any) -
     report.add(_results(engine, model, form, limits, decoding, prefill, args))
 
 
+def _peaks(form: str, limits: Limits) -> dict[str, float]:
+    """Of one multiply-add per weight and activation, for which tiles of bfloat16 need three."""
+    if FORMATS[form][1]:
+        return {"int8 peak": limits.int8_ops}
+    peaks = {"float32 peak": limits.float_ops}
+    if form == "bfloat16" and limits.bf16_ops:
+        peaks["a third of the tile peak"] = limits.bf16_ops / 3
+    return peaks
+
+
 def _results(
     engine: Engine,
     model: str,
@@ -143,7 +153,7 @@ def _results(
 ) -> list[Result]:
     """Limits: bandwidth / bytes of weights for each step, peak / 2 operations for each weight."""
     config = engine.runner.config  # type: ignore[attr-defined]
-    peak, name = (limits.int8_ops, "int8 peak") if FORMATS[form][1] else (limits.float_ops, "float32 peak")
+    peaks = _peaks(form, limits)
     per_prompt_token = layer_weights(config)
     per_token = per_prompt_token + head_weights(config)
     steps = limits.read_bytes / engine.info.weight_bytes
@@ -154,10 +164,10 @@ def _results(
             f"decode, batch {size}, context {args.context}",
             "tokens/s",
             rates,
-            {"bandwidth": size * steps, name: peak / (2 * per_token)},
+            {"bandwidth": size * steps, **{name: peak / (2 * per_token) for name, peak in peaks.items()}},
         )
         for size, rates in sorted(decoding.items())
     ]
     what = f"prefill of {args.prefill:,}"
-    fastest = {name: peak / (2 * per_prompt_token)}
+    fastest = {name: peak / (2 * per_prompt_token) for name, peak in peaks.items()}
     return [*results, Result("engine", f"{model} {form}", what, "tokens/s", prefill, fastest)]

@@ -1,8 +1,8 @@
 """What this machine can do at most, and how a measurement compares with it.
 
-Owns the limits (read bandwidth, float32 and int8 peak, measured by loops in the native module) and the table
-of results. A machine's speed drifts, so limits are measured before and after each part of a run, and a part
-is compared with the better of the two.
+Owns the limits (read bandwidth; float32, int8 and bfloat16 peak; measured by loops in the native module) and
+the table of results. A machine's speed drifts, so limits are measured before and after each part of a run,
+and a part is compared with the better of the two.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ class Limits:
     read_bytes: float
     float_ops: float
     int8_ops: float
+    bf16_ops: float  # of tiles; 0 where there are none
 
     @classmethod
     def measure(cls, isa: str, threads: int) -> Limits:
@@ -45,6 +46,7 @@ class Limits:
         return (
             f"read {self.read_bytes / 1e9:.1f} GB/s   float32 {self.float_ops / 1e9:.0f} GFLOP/s   "
             f"int8 {self.int8_ops / 1e9:.0f} GOP/s"
+            + (f"   bfloat16 {self.bf16_ops / 1e9:.0f} GFLOP/s" if self.bf16_ops else "")
         )
 
 

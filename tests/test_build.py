@@ -30,7 +30,7 @@ EXTENSION = KERNELS + "_native"
 ISA_FLAGS = {
     "avx2": {"avx2", "fma", "f16c"},
     "avx512": {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"},
-    "amx": {"avx512_vnni", "amx_tile", "amx_int8"},
+    "amx": {"avx512_vnni", "amx_tile", "amx_int8", "amx_bf16"},
     "neon": {"asimddp", "asimdhp"},
 }
 

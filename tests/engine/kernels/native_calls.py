@@ -23,7 +23,7 @@ LEVELS: list[str] = load().isa_levels() if native_is_built() else []
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a call computes: it must not matter."""
+    """Where a call computes: it must not matter, but for what `agreeing` says."""
 
     isa: str
     threads: int
@@ -32,8 +32,15 @@ class Machine:
         return load().Program(self.isa, self.threads)
 
 
-def machines(threads: Sequence[int] = (1, 3)) -> list[Machine]:
-    return [Machine(isa, count) for isa in LEVELS for count in threads]
+def machines(threads: Sequence[int] = (1, 3), levels: Sequence[str] = LEVELS) -> list[Machine]:
+    return [Machine(isa, count) for isa in levels for count in threads]
+
+
+def agreeing(form: str) -> list[list[str]]:
+    """LEVELS in groups of the same bits, for weights of this format: AMX sums bfloat16 in its own order."""
+    if form != "bfloat16" or "amx" not in LEVELS:
+        return [LEVELS]
+    return [[isa for isa in LEVELS if isa != "amx"], ["amx"]]
 
 
 def pack(weight: torch.Tensor, form: str, group: int = 0, has_min: bool = False, threads: int = 1) -> Any:

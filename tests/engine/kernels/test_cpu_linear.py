@@ -2,12 +2,12 @@
 
 Expected values are the arithmetic that linear.inl documents, written in numpy: sequential fma for float
 weights; for int8 and int4 exact integer sums per group of activations, which are quantized per row and group
-but for outliers, which stay float32.
+but for outliers, which stay float32. What AMX does with bfloat16 weights is in test_cpu_linear_tiles.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from native_calls import (
     LEVELS,
     Machine,
+    agreeing,
     bits,
     fma,
     machines,
@@ -169,15 +170,17 @@ def known_blocks(kind: str, n: int, k: int) -> tuple[Any, Quantized]:
 # --- products ---
 
 
-def check(weight: Any, product: Callable[[np.ndarray], np.ndarray], x: np.ndarray) -> None:
+def check(
+    weight: Any, product: Callable[[np.ndarray], np.ndarray], x: np.ndarray, levels: Sequence[str] = LEVELS
+) -> None:
     """The same bits as `product` on every machine, without and with a bias."""
     wanted = product(x)
     assert np.isfinite(wanted).all()
-    for machine in machines():
+    for machine in machines(levels=levels):
         assert np.array_equal(bits(multiply(weight, x, machine)), bits(wanted)), machine
     bias = normal(generator("bias"), weight.n)
     set_bias(weight, bias)
-    for machine in machines():
+    for machine in machines(levels=levels):
         assert np.array_equal(bits(multiply(weight, x, machine)), bits(wanted + bias)), machine
 
 
@@ -211,7 +214,7 @@ def test_float_weights(form: str, n: int, k: int, rows: int) -> None:
     exact = x.astype(np.float64) @ values.T.astype(np.float64)
     bound = 1e-6 * np.sqrt(k) * np.linalg.norm(x, axis=1)[:, None] * np.linalg.norm(values, axis=1)
     assert (np.abs(multiply(weight, x, Machine(LEVELS[-1], 1)) - exact) <= bound).all()
-    check(weight, lambda rows: float_product(rows, values), x)
+    check(weight, lambda rows: float_product(rows, values), x, agreeing(form)[0])
 
 
 INTEGERS = [("int8", False), ("int4", False), ("int4", True)]
@@ -285,15 +288,15 @@ def test_a_row_does_not_depend_on_its_batch(kind: str) -> None:
     set_bias(weight, normal(rng, n))
     x = normal(rng, 40, k)
     x[::3, 7] *= 50.0  # outliers
-    first = Machine(LEVELS[-1], 1)
-    alone = np.concatenate([multiply(weight, row[None], first) for row in x])
-    assert len(np.unique(alone)) > 0.9 * alone.size
-    for machine in machines((1, 2, 3)):
-        assert np.array_equal(bits(multiply(weight, x[5:6], machine)), bits(alone[5:6]))
-        for count in range(2, 41):
-            begin = int(rng.integers(0, 41 - count))
-            got = multiply(weight, x[begin : begin + count], machine)
-            assert np.array_equal(bits(got), bits(alone[begin : begin + count])), (machine, count)
+    for levels in agreeing(kind):
+        alone = np.concatenate([multiply(weight, row[None], Machine(levels[-1], 1)) for row in x])
+        assert len(np.unique(alone)) > 0.9 * alone.size
+        for machine in machines((1, 2, 3), levels):
+            assert np.array_equal(bits(multiply(weight, x[5:6], machine)), bits(alone[5:6]))
+            for count in range(2, 41):
+                begin = int(rng.integers(0, 41 - count))
+                got = multiply(weight, x[begin : begin + count], machine)
+                assert np.array_equal(bits(got), bits(alone[begin : begin + count])), (machine, count)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
@@ -365,12 +368,13 @@ def test_parts_of_different_formats_lie_side_by_side() -> None:
     values = normal(rng, 50, 64)
     table = pack(torch.from_numpy(values), "float32")
     tokens = rng.integers(0, 50, 23).tolist()
-    first = Machine(LEVELS[-1], 1)
-    wanted = np.concatenate([multiply(part, values[tokens], first) for part in parts], axis=1)
-    for machine in machines((1, 2, 3)):
-        for count in (23, 1):
-            got = run_linear(table, 1.0, parts, tokens[:count], machine)
-            assert np.array_equal(bits(got), bits(wanted[:count])), machine
+    for levels in agreeing("bfloat16"):
+        first = Machine(levels[-1], 1)
+        wanted = np.concatenate([multiply(part, values[tokens], first) for part in parts], axis=1)
+        for machine in machines((1, 2, 3), levels):
+            for count in (23, 1):
+                got = run_linear(table, 1.0, parts, tokens[:count], machine)
+                assert np.array_equal(bits(got), bits(wanted[:count])), machine
 
 
 @pytest.mark.parametrize("form", [*FLOATS, "int8", "int4"])
@@ -498,11 +502,13 @@ def test_int4_is_no_worse_than_rounding_to_the_range(
         assert (np.abs(part - back) <= 2.0 * step + slack[:, None]).all()
 
 
-def test_integer_formats_take_the_bytes_they_should() -> None:
+def test_formats_take_the_bytes_they_should() -> None:
     for (form, has_min), per_group in zip(INTEGERS, (32 + 2, 16 + 2, 16 + 4), strict=True):
         weight = pack(torch.ones(33, 65), form, 32, has_min)
         assert weight.nbytes == 64 * 3 * per_group  # 33 outputs are two panels, 65 inputs three groups
-    assert pack(torch.ones(33, 65), "bfloat16").nbytes == 64 * 65 * 2
+    # Pairs of inputs, padded to 32.
+    assert pack(torch.ones(33, 65), "bfloat16").nbytes == 64 * 96 * 2
+    assert pack(torch.ones(33, 65), "float16").nbytes == 64 * 65 * 2
 
 
 # --- activations that are not finite ---

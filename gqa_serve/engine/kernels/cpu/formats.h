@@ -5,8 +5,8 @@
 //
 //     F32     k rows of 32 floats
 //     F16     k rows of 32 halves
-//     BF16    k rows of 16 words; word j holds outputs j (low half) and j + 16 (high half), so that one shift
-//             and one mask widen a whole row
+//     BF16    k/2 rows of 32 words; word j of row p holds inputs 2p (low half) and 2p + 1 (high half) of output j,
+//             so that a shift or a mask widens 16 outputs, and 16 half rows are one tile of AMX
 //
 //     I8, I4  one run per group of `group` inputs, the last one shorter:
 //             | 32 f16 scales | 32 f16 minima, if has_min | quads |
@@ -16,11 +16,11 @@
 //             weight = scale * q (+ minimum);  I8: -128 <= q <= 127;  I4: -8 <= q <= 7, or 0 <= q <= 15 with
 //             a minimum
 //
-// Outputs beyond n and inputs beyond k are zero: k is padded to a multiple of 32 for I8 and I4, and not at all
+// Outputs beyond n and inputs beyond k are zero: k is padded to a multiple of 32 for BF16, I8 and I4, and not at all
 // for the others.
 //
 // Invariant: the layouts of weights and cache do not depend on the instruction set. Activations are written and read
-// by the same kernels, and AMX arranges its larger tiles in its own way (linear_amx.inl).
+// by the same kernels, and AMX arranges its tiles of int8 in its own way (linear_amx.inl).
 #pragma once
 
 #include <cstddef>
@@ -30,6 +30,7 @@ namespace gqa {
 
 constexpr int kPanel = 32;      // outputs of one panel
 constexpr int kQuantBlock = 32; // a group is a multiple of this
+constexpr int kInputPad = 32;   // and so is k as it is packed, for BF16, I8 and I4
 
 enum class WeightFormat : uint8_t { F32, BF16, F16, I8, I4 };
 
@@ -53,10 +54,13 @@ struct PackedWeight {
 // that starts at row r0 and has r rows:
 //
 //     float      f32 + r0 * k               k runs of r floats: input i of row r0 + m is at [i * r + m]
+//     split      bf16 + r0 * k_padded * 3   k_padded/32 steps of 3 * r rows of 32 words: word i of row p * r + m
+//                                           is part p of input 32 * step + i of row r0 + m
 //     quantized  q + r0 * k_padded          k_padded/4 runs of r quads: input 4*c + i of row r0 + m is at
 //                                           [(c * r + m) * 4 + i]
 //                scale, sum + r0 * groups   groups runs of r: group g of row r0 + m is at [g * r + m]
 //
+// split, for BF16 weights on AMX: x is the sum of three bfloat16 parts; inputs beyond k are zero. quantized:
 // x = scale * q with -127 <= q <= 127, per row and group; `sum` is the sum of q over the group. An input that is
 // more than kOutlier times its group's mean magnitude has q = 0, so that it does not spoil the scale of the others; it
 // is in the row's list instead, in order: outliers + row * outlier_capacity(k), outlier_count[row] of them.
@@ -70,9 +74,11 @@ struct Outlier {
 
 struct Activations {
   int rows, k, tile;
-  bool quantized;
-  int k_padded, group, groups; // quantized only
+  bool quantized, split;
+  int k_padded;                // as the weight's
+  int group, groups;           // quantized only
   const float* f32;
+  const uint16_t* bf16;
   const int8_t* q;
   const float* scale;
   const int32_t* sum;

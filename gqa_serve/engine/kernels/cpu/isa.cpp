@@ -54,7 +54,8 @@ bool amx() {
   constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   uint32_t a, b, c, d;
   if (!avx512() || !has(saved_registers(), 3u << 17)) return false;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !has(d, 1u << 24 | 1u << 25)) return false;  // TILE, INT8
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  if (!has(d, 1u << 22 | 1u << 24 | 1u << 25)) return false;  // BF16, TILE, INT8
   static const bool permitted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
   return permitted;
 #else

@@ -14,7 +14,7 @@ namespace gqa {
 // Worst first: some of {"avx2", "avx512"}, or of {"neon"}; empty if none will do.
 //   avx2     AVX2, FMA, F16C
 //   avx512   also AVX-512 F, BW, VL, DQ and VNNI
-//   amx      also AMX tiles of int8
+//   amx      also AMX tiles of int8 and bfloat16
 //   neon     ARMv8.2 dot product and half precision
 std::vector<std::string> isa_levels();
 

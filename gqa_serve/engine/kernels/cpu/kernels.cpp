@@ -11,6 +11,7 @@
 #include "linear.inl"
 #if defined(__AMX_INT8__)
 #include "linear_amx.inl"
+#include "linear_amx_float.inl"
 #endif
 
 #define GQA_STRING_(x) #x
@@ -21,6 +22,7 @@ namespace gqa {
 const Kernels& GQA_KERNELS() {
   static constexpr Kernels table = {
       GQA_STRING(GQA_KERNELS) + sizeof("kernels_") - 1,
+      kSplits,
       tile_rows,
       prepare,
       linear,

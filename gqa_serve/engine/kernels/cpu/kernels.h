@@ -1,7 +1,8 @@
 // What is compiled once per instruction set, as a table of functions; program.cpp calls through it.
 //
 // Invariant: an output element is reduced in an order that follows from the model and from token positions
-// alone. It does not depend on how many rows a tile has, which thread computes it, or the instruction set.
+// alone. It does not depend on how many rows a tile has, which thread computes it, or the instruction set (but for
+// bfloat16 weights on AMX, which have an order of their own).
 #pragma once
 
 #include "attention.h"
@@ -29,8 +30,10 @@ struct Kernels {
   const char* name;
 
   // --- linear layers (linear.inl) ---
+  // Whether BF16 weights are multiplied by activations that are split into three bfloat16 numbers.
+  bool splits;
   // Rows per tile for a product with this many rows in all.
-  int (*tile_rows)(bool quantized, int rows);
+  int (*tile_rows)(WeightFormat format, int rows);
   // Fill tile `tile` of `out` (whose buffers the caller owns) from x [rows, k] with row stride `ld`.
   void (*prepare)(const float* x, size_t ld, const Activations& out, int tile);
   // out[row, column] for the outputs of one panel and the rows of tiles [tile_begin, tile_end):

@@ -8,7 +8,7 @@
 // Invariant: float: fma over inputs 0, 1, ... from 0.0f, then + bias. Quantized: per group, in order,
 // acc = fma(float(i) * x_scale, w_scale, acc) with i the exact integer sum, then the same with the sum of the
 // activations and the minimum; then acc = fma(x, w, acc) for each outlier; then + bias. Rows, tiles and chunks do not
-// change what is computed.
+// change what is computed. The exception: AMX multiplies BF16 weights in its own order (linear_amx_float.inl).
 #pragma once
 
 namespace gqa {
@@ -40,18 +40,25 @@ constexpr int kMagicSum = 1 << 22;
 
 // --- activations ---
 
-#if defined(__AMX_INT8__)  // linear_amx.inl
-constexpr int kAmxRows = 16, kAmxLeast = 6;
+#if defined(__AMX_INT8__)  // linear_amx.inl, linear_amx_float.inl
+constexpr bool kSplits = true;
+constexpr int kAmxRows = 16, kAmxLeast = 6, kSplitRows = 32;
 bool on_amx(const Activations& x);
 void prepare_amx(const float* x, size_t ld, int rows, const Activations& out, int row);
 void multiply_panel_amx(const PackedWeight& w, const uint8_t* data, const Activations& x, int tile_begin, int tile_end,
                         float* sums);
+void prepare_split(const float* x, size_t ld, int rows, const Activations& out, int row);
+void multiply_panel_split(const uint8_t* w, const Activations& x, int tile_begin, int tile_end, float* sums);
+#else
+constexpr bool kSplits = false;
 #endif
 
-int tile_rows(bool quantized, int rows) {
+int tile_rows(WeightFormat format, int rows) {
+  const bool quantized = format == WeightFormat::I8 || format == WeightFormat::I4;
   int most = quantized ? kQuantRows : kFloatRows;
 #if defined(__AMX_INT8__)
   if (quantized && rows >= kAmxLeast) most = kAmxRows;
+  if (format == WeightFormat::BF16) most = kSplitRows;
 #endif
   if (rows <= most) return rows < 1 ? 1 : rows;
   const int tiles = (rows + most - 1) / most;
@@ -203,6 +210,7 @@ void prepare(const float* x, size_t ld, const Activations& out, int tile) {
   const int rows = out.tile_rows(tile), row = tile * out.tile;
   x += size_t(row) * ld;
 #if defined(__AMX_INT8__)
+  if (out.split) return prepare_split(x, ld, rows, out, row);
   if (on_amx(out)) return prepare_amx(x, ld, rows, out, row);
 #endif
   if (out.quantized) prepare_quantized(x, ld, rows, out, row);
@@ -232,20 +240,49 @@ template <int kBytes> GQA_INLINE void fetch(Ahead& ahead) {
 
 // --- float weights ---
 
-template <WeightFormat F> constexpr int kRowBytes = F == WeightFormat::F32 ? 128 : 64;
+// Keeps what follows from being moved before what precedes, and what `p` points at in memory.
+template <class T> GQA_INLINE void pin(T*& p) { asm volatile("" : "+r"(p) : : "memory"); }
 
-// V vectors of one input's 32 weights, from half H on.
-template <WeightFormat F, int V, int H> GQA_INLINE void widen(const uint8_t* w, f32x16* out) {
-  if constexpr (F == WeightFormat::BF16) {
-    const i32x16 words = iload(w);
-    out[0] = H == 0 ? bf16_low(words) : bf16_high(words);
-    if constexpr (V == 2) out[1] = bf16_high(words);
-  } else {
+// acc = fma(a, b, acc), in place: else GCC, where sums fill the registers, moves some to memory and back.
+#if defined(__AVX512F__)
+GQA_INLINE void add_product(f32x16& acc, f32x16 a, f32x16 b) {
+  asm("vfmadd231ps %2, %1, %0" : "+v"(acc.v) : "v"(a.v), "v"(b.v));
+}
+#elif defined(__AVX2__)
+GQA_INLINE void add_product(f32x16& acc, f32x16 a, f32x16 b) {
+  asm("vfmadd231ps %2, %1, %0" : "+x"(acc.a) : "x"(a.a), "x"(b.a));
+  asm("vfmadd231ps %2, %1, %0" : "+x"(acc.b) : "x"(a.b), "x"(b.b));
+}
+#else
+GQA_INLINE void add_product(f32x16& acc, f32x16 a, f32x16 b) { acc = fma(a, b, acc); }
+#endif
+
+// A panel's rows hold one input of 32 outputs, or a pair of them.
+template <WeightFormat F> constexpr int kRowInputs = F == WeightFormat::BF16 ? 2 : 1;
+template <WeightFormat F> constexpr int kRowBytes = F == WeightFormat::F16 ? 64 : 128;
+
+// V vectors of the 32 weights of input I of a row, from half H on.
+template <WeightFormat F, int V, int H, int I> GQA_INLINE void widen(const uint8_t* w, f32x16* out) {
 #pragma GCC unroll 2
-    for (int v = 0; v < V; v++) {
-      if constexpr (F == WeightFormat::F32) out[v] = load(reinterpret_cast<const float*>(w) + 16 * (H + v));
-      else out[v] = load_f16(reinterpret_cast<const uint16_t*>(w) + 16 * (H + v));
-    }
+  for (int v = 0; v < V; v++) {
+    if constexpr (F == WeightFormat::F32) out[v] = load(reinterpret_cast<const float*>(w) + 16 * (H + v));
+    else if constexpr (F == WeightFormat::F16) out[v] = load_f16(reinterpret_cast<const uint16_t*>(w) + 16 * (H + v));
+    else if constexpr (I == 0) out[v] = bf16_low(iload(w + 64 * (H + v)));
+    else out[v] = bf16_high(iload(w + 64 * (H + v)));
+  }
+}
+
+// Input I of the row at w, of R rows of activations.
+template <WeightFormat F, int R, int V, int H, int I>
+GQA_INLINE void add_input(const uint8_t* w, const float* x, f32x16 (&acc)[R][V], Ahead& ahead) {
+  f32x16 weights[V];
+  widen<F, V, H, I>(w, weights);
+  if constexpr (H == 0) fetch<kRowBytes<F> / kRowInputs<F>>(ahead);
+#pragma GCC unroll 16
+  for (int m = 0; m < R; m++) {
+    const f32x16 input = set1(x[R * I + m]);
+#pragma GCC unroll 2
+    for (int v = 0; v < V; v++) add_product(acc[m][v], input, weights[v]);
   }
 }
 
@@ -256,20 +293,17 @@ GQA_INLINE void float_half(const uint8_t* w, int inputs, const float* x, float* 
   for (int m = 0; m < R; m++)
 #pragma GCC unroll 2
     for (int v = 0; v < V; v++) acc[m][v] = load(sums + 32 * m + 16 * (H + v));
-#pragma GCC unroll 2
-  for (int i = 0; i < inputs; i++) {
-    f32x16 weights[V];
-    widen<F, V, H>(w, weights);
-    if constexpr (H == 0) fetch<kRowBytes<F>>(ahead);
-#pragma GCC unroll 16
-    for (int m = 0; m < R; m++) {
-      const f32x16 input = set1(x[m]);
-#pragma GCC unroll 2
-      for (int v = 0; v < V; v++) acc[m][v] = fma(input, weights[v], acc[m][v]);
+#pragma GCC unroll 1
+  for (int i = kRowInputs<F>; i <= inputs; i += kRowInputs<F>) {
+    add_input<F, R, V, H, 0>(w, x, acc, ahead);
+    if constexpr (kRowInputs<F> == 2) {
+      pin(w); // or what was loaded would be kept for its other half, in registers that sums need
+      add_input<F, R, V, H, 1>(w, x, acc, ahead);
     }
     w += kRowBytes<F>;
-    x += R;
+    x += R * kRowInputs<F>;
   }
+  if (inputs % kRowInputs<F>) add_input<F, R, V, H, 0>(w, x, acc, ahead);
 #pragma GCC unroll 16
   for (int m = 0; m < R; m++)
 #pragma GCC unroll 2
@@ -435,9 +469,6 @@ struct RowTerms {
 template <WeightFormat F> constexpr int kBlockBytes = F == WeightFormat::I8 ? 1024 : 512;
 template <bool kMin> constexpr int kHeadBytes = kMin ? 128 : 64;
 
-// Keeps what follows from being moved before what precedes, and what `p` points at in memory.
-template <class T> GQA_INLINE void pin(T*& p) { asm volatile("" : "+r"(p) : : "memory"); }
-
 template <int R, int V> GQA_INLINE void start_sums(const int32_t* start, i32x16 (&acc)[kSets<R, V>][R][V]) {
 #pragma GCC unroll 16
   for (int m = 0; m < R; m++)
@@ -584,7 +615,7 @@ void float_panel(const uint8_t* w, const Activations& x, int tile_begin, int til
   const FloatKernel full = float_kernel<F>(x.tile), last = float_kernel<F>(x.tile_rows(x.num_tiles() - 1));
   for (int i = 0; i < x.k; i += kFloatChunk) {
     const int inputs = x.k - i < kFloatChunk ? x.k - i : kFloatChunk;
-    const size_t bytes = size_t(inputs) * kRowBytes<F>;
+    const size_t bytes = size_t(inputs) * kRowBytes<F> / kRowInputs<F>;
     float* to = sums;
     for (int t = tile_begin; t < tile_end; t++) {
       const int rows = x.tile_rows(t);
@@ -626,6 +657,7 @@ void quant_panel(const uint8_t* w, const Activations& x, int tile_begin, int til
 void multiply_panel(const PackedWeight& w, const uint8_t* data, const Activations& x, int tile_begin, int tile_end,
                     float* sums) {
 #if defined(__AMX_INT8__)
+  if (x.split) return multiply_panel_split(data, x, tile_begin, tile_end, sums);
   if (on_amx(x)) return multiply_panel_amx(w, data, x, tile_begin, tile_end, sums);
 #endif
   switch (w.format) {

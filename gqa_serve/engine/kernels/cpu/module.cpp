@@ -97,7 +97,7 @@ class Packer {
     packed.has_min = has_min;
     packed.n = n;
     packed.k = k;
-    packed.k_padded = packed.quantized() ? (k + kQuantBlock - 1) / kQuantBlock * kQuantBlock : k;
+    packed.k_padded = padded_inputs(format, k);
     packed.group = packed.quantized() && group == 0 ? packed.k_padded : group;
     if (packed.quantized() && (packed.group <= 0 || packed.group % kQuantBlock))
       throw std::invalid_argument("a quantization group is a multiple of 32");
@@ -349,10 +349,10 @@ NB_MODULE(_native, m) {
         Team team(threads);
         nb::gil_scoped_release release;
         Peaks peaks = measure_peaks(isa, team, buffer_bytes);
-        return std::vector<double>{peaks.read_bytes, peaks.flops, peaks.int8_ops};
+        return std::vector<double>{peaks.read_bytes, peaks.flops, peaks.int8_ops, peaks.bf16_ops};
       },
       "isa"_a, "threads"_a, "buffer_bytes"_a,
-      "What this machine can do at most: bytes read, float32 operations, int8 operations per second.");
+      "What this machine can do at most per second: bytes read, operations in float32, in int8, in tiles of bfloat16.");
   bind_weights(m);
   bind_cache(m);
   nb::class_<Program> program(m, "Program");

@@ -109,32 +109,41 @@ void transpose(const float (*from)[kColumns], float (*to)[kPanel]) {
   }
 }
 
-// `count` inputs of all outputs -> rows of the panel; false if a value overflows the format.
+// Two inputs of all outputs -> one row of a BF16 panel; false if a value overflows.
+bool store_pair(const float (*inputs)[kPanel], uint8_t* out) {
+  uint32_t words[kPanel], bad = 0;
+  for (int j = 0; j < kPanel; j++) {
+    const uint16_t low = to_bf16(inputs[0][j]), high = to_bf16(inputs[1][j]);
+    bad |= uint32_t((low & 0x7f80u) == 0x7f80u) | uint32_t((high & 0x7f80u) == 0x7f80u);
+    words[j] = low | uint32_t(high) << 16;
+  }
+  memcpy(out, words, sizeof words);
+  return !bad;
+}
+
+// One input of all outputs -> one row of an F16 panel.
+bool store_halves(const float (&input)[kPanel], uint8_t* out) {
+  uint16_t halves[kPanel];
+  uint32_t bad = 0;
+  for (int j = 0; j < kPanel; j++) {
+    halves[j] = to_f16(input[j]);
+    bad |= uint32_t(!finite_f16(halves[j]));
+  }
+  memcpy(out, halves, sizeof halves);
+  return !bad;
+}
+
+// `count` inputs of all outputs -> rows of the panel; false if a value overflows the format. BF16: count is even.
 bool store_inputs(WeightFormat format, const float (*inputs)[kPanel], int count, uint8_t* out) {
+  bool good = true;
   if (format == WeightFormat::F32) {
     memcpy(out, inputs, size_t(count) * kPanel * 4);
-    return true;
+  } else if (format == WeightFormat::BF16) {
+    for (int i = 0; i < count; i += 2) good &= store_pair(inputs + i, out + size_t(i) * kPanel * 2);
+  } else {
+    for (int i = 0; i < count; i++) good &= store_halves(inputs[i], out + size_t(i) * kPanel * 2);
   }
-  uint32_t bad = 0;
-  for (int i = 0; i < count; i++) {
-    if (format == WeightFormat::BF16) {
-      uint32_t words[kPanel / 2];
-      for (int j = 0; j < 16; j++) {
-        const uint16_t low = to_bf16(inputs[i][j]), high = to_bf16(inputs[i][j + 16]);
-        bad |= uint32_t((low & 0x7f80u) == 0x7f80u) | uint32_t((high & 0x7f80u) == 0x7f80u);
-        words[j] = low | uint32_t(high) << 16;
-      }
-      memcpy(out + size_t(i) * sizeof words, words, sizeof words);
-    } else {
-      uint16_t halves[kPanel];
-      for (int j = 0; j < kPanel; j++) {
-        halves[j] = to_f16(inputs[i][j]);
-        bad |= uint32_t(!finite_f16(halves[j]));
-      }
-      memcpy(out + size_t(i) * sizeof halves, halves, sizeof halves);
-    }
-  }
-  return !bad;
+  return good;
 }
 
 size_t float_size(WeightFormat format) { return format == WeightFormat::F32 ? 4 : 2; }
@@ -145,12 +154,13 @@ bool pack_float_panel(const PackedWeight& w, uint8_t* out, const void* source, S
   memset(rows, 0, sizeof rows);
   const int outputs = std::min(kPanel, w.n - panel * kPanel);
   for (int i = 0; i < w.k; i += kColumns) {
-    const int count = std::min(kColumns, w.k - i);
+    const int count = std::min(kColumns, w.k - i), padded = std::min(kColumns, w.k_padded - i);
     for (int j = 0; j < outputs; j++) {
       if (!read_row(source_row(source, type, row_stride, panel * kPanel + j), type, i, count, rows[j])) return false;
+      std::fill(rows[j] + count, rows[j] + padded, 0.0f);
     }
     transpose(rows, inputs);
-    if (!store_inputs(w.format, inputs, count, out + size_t(i) * kPanel * float_size(w.format))) return false;
+    if (!store_inputs(w.format, inputs, padded, out + size_t(i) * kPanel * float_size(w.format))) return false;
   }
   return true;
 }
@@ -364,9 +374,8 @@ bool read_block(const uint8_t* block, GgufType type, Group* group, uint8_t* code
 
 float float_at(const PackedWeight& w, const uint8_t* panel, int column, int i) {
   if (w.format == WeightFormat::F32) return reinterpret_cast<const float*>(panel)[size_t(i) * kPanel + column];
-  const uint8_t* row = panel + size_t(i) * kPanel * 2;
-  if (w.format == WeightFormat::F16) return from_f16(read16(row + 2 * column));
-  return from_bf16(read16(row + 4 * (column % 16) + 2 * (column / 16)));
+  if (w.format == WeightFormat::F16) return from_f16(read16(panel + size_t(i) * kPanel * 2 + 2 * column));
+  return from_bf16(read16(panel + size_t(i / 2) * kPanel * 4 + 4 * column + 2 * (i % 2)));
 }
 
 // Code of input i of a group, at the group's quads.
@@ -378,12 +387,17 @@ int code_at(const PackedWeight& w, const uint8_t* quads, int column, int i) {
 
 }  // namespace
 
+int padded_inputs(WeightFormat format, int k) {
+  if (format == WeightFormat::F32 || format == WeightFormat::F16) return k;
+  return (k + kInputPad - 1) / kInputPad * kInputPad;
+}
+
 size_t panel_bytes(WeightFormat format, int k, int group, bool has_min) {
-  const size_t padded = size_t(k + kQuantBlock - 1) / kQuantBlock * kQuantBlock;
+  const size_t padded = size_t(padded_inputs(format, k));
   switch (format) {
-    case WeightFormat::F32: return size_t(k) * kPanel * 4;
+    case WeightFormat::F32: return padded * kPanel * 4;
     case WeightFormat::BF16:
-    case WeightFormat::F16: return size_t(k) * kPanel * 2;
+    case WeightFormat::F16: return padded * kPanel * 2;
     case WeightFormat::I8:
     case WeightFormat::I4: break;
   }

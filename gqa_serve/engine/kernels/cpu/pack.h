@@ -19,6 +19,9 @@ enum class SourceType : uint8_t { F32, BF16, F16 };
 // Q8_0 -> I8, Q4_0 -> I4, Q4_1 -> I4 with minimum; all in groups of 32.
 enum class GgufType : uint8_t { Q8_0, Q4_0, Q4_1 };
 
+// Inputs as they are packed: PackedWeight::k_padded.
+int padded_inputs(WeightFormat format, int k);
+
 // Bytes of one panel: PackedWeight::panel_bytes. `group` and `has_min` matter for I8 and I4 only; a minimum exists
 // for I4 only.
 size_t panel_bytes(WeightFormat format, int k, int group, bool has_min);

@@ -59,10 +59,10 @@ GQA_INLINE i32x16 multiply_add(i32x16 acc, i32x16 w, i32x16 x) {
 #endif
 
 #if defined(__AMX_INT8__)
-// Four tiles of 16 rows, 16 outputs and 64 inputs; what they hold does not matter for their speed.
-constexpr int64_t kInt8Ops = 4 * 2 * 16 * 16 * 64;
+// Four tiles of 16 rows, 16 outputs and 64 inputs (bfloat16: 32); what they hold does not matter for their speed.
+constexpr int64_t kInt8Ops = 4 * 2 * 16 * 16 * 64, kBf16Ops = kInt8Ops / 2;
 
-int32_t int8_loop(int64_t rounds) {
+template <bool kInt8> int32_t tile_loop(int64_t rounds) {
   alignas(64) uint8_t config[64] = {1};
   for (int i = 0; i < 6; i++) config[16 + 2 * i] = 64, config[48 + i] = 16;
   alignas(64) int32_t data[256];
@@ -76,10 +76,17 @@ int32_t int8_loop(int64_t rounds) {
   _tile_loadd(4, data, 64);
   _tile_loadd(5, data, 64);
   for (int64_t i = 0; i < rounds; i++) {
-    _tile_dpbsud(0, 4, 5);
-    _tile_dpbsud(1, 4, 5);
-    _tile_dpbsud(2, 4, 5);
-    _tile_dpbsud(3, 4, 5);
+    if constexpr (kInt8) {
+      _tile_dpbsud(0, 4, 5);
+      _tile_dpbsud(1, 4, 5);
+      _tile_dpbsud(2, 4, 5);
+      _tile_dpbsud(3, 4, 5);
+    } else {
+      _tile_dpbf16ps(0, 4, 5);
+      _tile_dpbf16ps(1, 4, 5);
+      _tile_dpbf16ps(2, 4, 5);
+      _tile_dpbf16ps(3, 4, 5);
+    }
   }
   _tile_stored(0, data, 64);
   int32_t result = data[0];
@@ -87,8 +94,11 @@ int32_t int8_loop(int64_t rounds) {
   _tile_release();
   return result;
 }
+
+constexpr auto int8_loop = &tile_loop<true>, bf16_loop = &tile_loop<false>;
 #else
-constexpr int64_t kInt8Ops = 2 * kChains * kLanes * 4;
+constexpr int64_t kInt8Ops = 2 * kChains * kLanes * 4, kBf16Ops = 0;
+constexpr int32_t (*bf16_loop)(int64_t rounds) = nullptr;
 
 int32_t int8_loop(int64_t rounds) {
   i32x16 chains[kChains];
@@ -106,7 +116,7 @@ int32_t int8_loop(int64_t rounds) {
 }
 #endif
 
-const PeakLoops kLoops = {2 * kChains * kLanes, kInt8Ops, read, fma_loop, int8_loop};
+const PeakLoops kLoops = {2 * kChains * kLanes, kInt8Ops, kBf16Ops, read, fma_loop, int8_loop, bf16_loop};
 
 }  // namespace
 

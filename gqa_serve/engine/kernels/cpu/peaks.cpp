@@ -79,9 +79,10 @@ Peaks measure_peaks(const std::string& isa, Team& team, size_t buffer_bytes) {
   const double read = fastest(team, [&](int t) { sink = loops.read(buffer.data() + share * t, share); });
   const double fma = fastest(team, [&](int) { sink = uint32_t(loops.fma(kRounds)); });
   const double int8 = fastest(team, [&](int) { sink = uint32_t(loops.int8(kRounds)); });
+  const double bf16 = loops.bf16 ? fastest(team, [&](int) { sink = uint32_t(loops.bf16(kRounds)); }) : 1.0;
   const double rounds = double(kRounds) * threads;
   return {double(share) * threads / read, rounds * double(loops.flops_per_round) / fma,
-          rounds * double(loops.int8_ops_per_round) / int8};
+          rounds * double(loops.int8_ops_per_round) / int8, rounds * double(loops.bf16_ops_per_round) / bf16};
 }
 
 }  // namespace gqa

@@ -28,12 +28,22 @@ bool same_window(const AttentionParams& a, const AttentionParams& b) {
          a.window == b.window;
 }
 
+bool splits_input(const Kernels& kernels, const PackedWeight& w) {
+  return kernels.splits && w.format == WeightFormat::BF16;
+}
+
+// Bytes of one prepared row, without what quantization adds.
+size_t input_bytes(const Kernels& kernels, const PackedWeight& w) {
+  if (w.quantized()) return size_t(w.k_padded);
+  return splits_input(kernels, w) ? size_t(w.k_padded) * 6 : size_t(w.k) * 4;
+}
+
 // Bytes of the prepared activations of `rows` rows, and where their parts begin.
 struct InputLayout {
   size_t scale, sum, outlier_count, outliers, size;
-  InputLayout(const PackedWeight& w, int rows) {
+  InputLayout(const Kernels& kernels, const PackedWeight& w, int rows) {
     if (!w.quantized()) {
-      scale = sum = outlier_count = outliers = size = size_t(rows) * w.k * 4;
+      scale = sum = outlier_count = outliers = size = size_t(rows) * input_bytes(kernels, w);
       return;
     }
     scale = round_up(size_t(rows) * w.k_padded, 64);
@@ -57,7 +67,9 @@ KVLayer describe_layer(KVFormat format, int num_kv_heads, int head_dim, int bloc
 }  // namespace
 
 bool same_input(const PackedWeight& a, const PackedWeight& b) {
-  return a.k == b.k && a.quantized() == b.quantized() && (!a.quantized() || a.group == b.group);
+  auto is_bf16 = [](const PackedWeight& w) { return w.format == WeightFormat::BF16; };  // AMX splits its inputs
+  const bool same_kind = a.quantized() == b.quantized() && is_bf16(a) == is_bf16(b);
+  return a.k == b.k && same_kind && (!a.quantized() || a.group == b.group);
 }
 
 // --- the cache ---------------------------------------------------------------------------------------------
@@ -174,7 +186,7 @@ void Program::find_tail(Value result) {
 
 // Make the buffers of prepared activations large enough for `rows` rows of inputs of `weight`.
 void Program::reserve_input(const PackedWeight& weight, int rows) {
-  size_t shared = InputLayout(weight, rows).size, single = InputLayout(weight, 1).size;
+  size_t shared = InputLayout(kernels_, weight, rows).size, single = InputLayout(kernels_, weight, 1).size;
   if (shared > shared_input_bytes_) {
     shared_input_ = allocate(shared / 4);
     shared_input_bytes_ = shared;
@@ -443,18 +455,20 @@ Activations Program::prepare(const PackedWeight& weight, const float* x, int row
   a.rows = rows;
   a.k = weight.k;
   a.quantized = weight.quantized();
-  a.tile = kernels_.tile_rows(a.quantized, rows);
+  a.split = splits_input(kernels_, weight);
+  a.tile = kernels_.tile_rows(weight.format, rows);
+  a.k_padded = weight.k_padded;
   if (a.quantized) {
-    a.k_padded = weight.k_padded;
     a.group = weight.group;
     a.groups = weight.num_groups();
-  } else if (rows == 1) {
+  } else if (rows == 1 && !a.split) {
     a.f32 = x;
     return a;
   }
-  InputLayout layout(weight, rows);
+  InputLayout layout(kernels_, weight, rows);
   uint8_t* memory = reinterpret_cast<uint8_t*>((rows == 1 ? single_inputs_[thread] : shared_input_).get());
   a.f32 = reinterpret_cast<const float*>(memory);
+  a.bf16 = reinterpret_cast<const uint16_t*>(memory);
   a.q = reinterpret_cast<const int8_t*>(memory);
   a.scale = reinterpret_cast<const float*>(memory + layout.scale);
   a.sum = reinterpret_cast<const int32_t*>(memory + layout.sum);
@@ -471,7 +485,7 @@ Activations Program::prepare(const PackedWeight& weight, const float* x, int row
 // activations fit the cache are multiplied with all panels in turn.
 template <class F>
 void Program::over_panels(const Activations& a, int panels, int thread, F&& fn) {
-  size_t row_bytes = a.quantized ? a.k_padded : size_t(a.k) * 4;
+  size_t row_bytes = a.quantized ? a.k_padded : a.split ? size_t(a.k_padded) * 6 : size_t(a.k) * 4;
   int block_rows = std::max(kMinBlockRows, int(kInputBlock / row_bytes));
   int block_tiles = std::max(1, block_rows / a.tile);
   int blocks = (a.num_tiles() + block_tiles - 1) / block_tiles;
