@@ -66,7 +66,10 @@ class Result:
         return statistics.median(self.rates)
 
     def __str__(self) -> str:
-        fractions = "   ".join(f"{self.median / limit:5.0%} of {name}" for name, limit in self.limits.items())
+        fractions = "   ".join(
+            f"{self.median / limit:4.0%}, best {max(self.rates) / limit:4.0%} of {name}"
+            for name, limit in self.limits.items()
+        )
         scale, unit = (1e9, "G" + self.unit) if self.median > 1e8 else (1, self.unit)
         spread = f"({min(self.rates) / scale:.1f} .. {max(self.rates) / scale:.1f})"
         return f"  {self.what:<34} {self.median / scale:9.1f} {unit:<8} {spread:<20} {fractions}"
