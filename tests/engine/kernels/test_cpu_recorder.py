@@ -335,25 +335,25 @@ def test_only_the_rows_asked_for_are_returned(seed: int) -> None:
         assert torch.equal(forward(some, cast(Any, native_cache())), whole[40 - count :])
 
 
-def test_a_result_that_attention_gives() -> None:
+@pytest.mark.parametrize("ends_with_attention", [True, False])
+def test_a_result_that_attention_gives(ends_with_attention: bool) -> None:
     """Nothing follows it, or nothing that the result depends on."""
-    for after in (0, 1):
-        backend = CpuBackend()
 
-        class Ending(Pass):
-            def forward(self, batch: ForwardBatch, cache: Any) -> torch.Tensor:
-                attention = self.backend.prepare(batch, cache, LAYOUT)
-                x = self.backend.embed(self.table, batch.token_ids, 1.0)
-                out = attention.attend(0, attention.rotate_and_write(0, self.qkv(x), None))
-                for _ in range(after):  # noqa: B023
-                    self.backend.rms_norm(out, self.norms[0], 1e-5)
-                return out
+    class Ending(Pass):
+        def forward(self, batch: ForwardBatch, cache: Any) -> torch.Tensor:
+            attention = self.backend.prepare(batch, cache, LAYOUT)
+            x = self.backend.embed(self.table, batch.token_ids, 1.0)
+            out = attention.attend(0, attention.rotate_and_write(0, self.qkv(x), None))
+            if not ends_with_attention:
+                self.backend.rms_norm(out, self.norms[0], 1e-5)
+            return out
 
-        forward = backend.compile(cast(Decoder, Ending(backend, [], 1)))
-        whole = replay(forward, 40)
-        row = plan(40).rows[0]
-        some = StepPlan([PlanRow(row.token_ids, 0, row.block_ids, 3)])
-        assert torch.equal(forward(some, cast(Any, native_cache())), whole[37:])
+    backend = CpuBackend()
+    forward = backend.compile(cast(Decoder, Ending(backend, [], 1)))
+    whole = replay(forward, 40)
+    row = plan(40).rows[0]
+    some = StepPlan([PlanRow(row.token_ids, 0, row.block_ids, 3)])
+    assert torch.equal(forward(some, cast(Any, native_cache())), whole[37:])
 
 
 # --- misuse ---

@@ -8,7 +8,7 @@
 #include "attention.inl"
 #include "rows.inl"
 
-#include "linear.inl"
+#include "linear.inl"  // after rows.inl, for gated()
 #if defined(__AMX_INT8__)
 #include "linear_amx.inl"
 #include "linear_amx_float.inl"

@@ -156,6 +156,7 @@ void Program::reserve(int rows) {
   capacity_ = rows;
 }
 
+// The tail: row operations after the last one that needs tokens. There is none where it does not compute `result`.
 void Program::find_tail(Value result) {
   auto needs_tokens = [](const Op& op) {
     return std::holds_alternative<EmbedOp>(op) || std::holds_alternative<RotateOp>(op) ||
@@ -481,12 +482,11 @@ Activations Program::prepare(const PackedWeight& weight, const float* x, int row
   return a;
 }
 
-// fn(panel, end of panels, tile, end of tiles) for all pieces of a product with `panels` panels. Blocks of rows whose
+// fn(panel, end of panels, tile, end of tiles) for all pieces of a product with `panels` panels like `weight`'s. Blocks of rows whose
 // activations fit the cache are multiplied with all panels in turn.
 template <class F>
-void Program::over_panels(const Activations& a, int panels, int thread, F&& fn) {
-  size_t row_bytes = a.quantized ? a.k_padded : a.split ? size_t(a.k_padded) * 6 : size_t(a.k) * 4;
-  int block_rows = std::max(kMinBlockRows, int(kInputBlock / row_bytes));
+void Program::over_panels(const PackedWeight& weight, const Activations& a, int panels, int thread, F&& fn) {
+  int block_rows = std::max(kMinBlockRows, int(kInputBlock / input_bytes(kernels_, weight)));
   int block_tiles = std::max(1, block_rows / a.tile);
   int blocks = (a.num_tiles() + block_tiles - 1) / block_tiles;
   block_tiles = (a.num_tiles() + blocks - 1) / blocks;
@@ -504,7 +504,7 @@ void Program::multiply(const WeightPtr* parts, int num_parts, const float* x, in
   Activations a = prepare(parts[0]->packed, x, rows, thread);
   int panels = 0;
   for (int p = 0; p < num_parts; p++) panels += parts[p]->packed.num_panels();
-  over_panels(a, panels, thread, [&](int panel, int last, int tile, int tile_end) {
+  over_panels(parts[0]->packed, a, panels, thread, [&](int panel, int last, int tile, int tile_end) {
     float* columns = out;
     for (int p = 0, first = 0; p < num_parts && panel < last; p++) {
       const PackedWeight& w = parts[p]->packed;
@@ -519,7 +519,7 @@ void Program::multiply(const WeightPtr* parts, int num_parts, const float* x, in
 void Program::execute(const GatedLinearOp& op, const Rows& rows, int thread) {
   const PackedWeight &gate = op.gate->packed, &up = op.up->packed;
   Activations a = prepare(gate, value(op.x), rows.count, thread);
-  over_panels(a, gate.num_panels(), thread, [&](int panel, int last, int tile, int tile_end) {
+  over_panels(gate, a, gate.num_panels(), thread, [&](int panel, int last, int tile, int tile_end) {
     for (; panel < last; panel++)
       kernels_.gated_linear(gate, up, panel, a, tile, tile_end, value(op.out), gate.n, op.activation);
   });

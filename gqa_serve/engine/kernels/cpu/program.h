@@ -156,7 +156,7 @@ class Program {
   void execute(const RotateOp& op, const Rows& rows, const KVCache& cache, int thread);
   void execute(const AttendOp& op, const Rows& rows, const KVCache& cache, int thread);
   template <class F>
-  void over_panels(const Activations& a, int panels, int thread, F&& fn);
+  void over_panels(const PackedWeight& weight, const Activations& a, int panels, int thread, F&& fn);
   void multiply(const WeightPtr* parts, int num_parts, const float* x, int rows, float* out, size_t ld, int thread);
   Activations prepare(const PackedWeight& weight, const float* x, int rows, int thread);
   float* value(Value v) { return buffers_[v]; }
