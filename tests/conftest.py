@@ -1,4 +1,4 @@
-"""For all tests: Triton interprets unless told otherwise, and the real weights of Gemma 3 270M for slow tests.
+"""For all tests: Triton interprets unless told otherwise; for slow ones, the weights of Gemma 3 270M.
 
 The weights (MQA, windows, Q4_K_M) are Google's, under the Gemma terms that come with the package; they are
 joined into pytest's temporary folder.
