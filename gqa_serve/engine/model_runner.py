@@ -202,6 +202,9 @@ def _make_backend(config: EngineConfig, model: ModelConfig, device: torch.device
         kv_cache_dtype=config.kv_cache_dtype,
         threads=threads,
         cpu_isa=config.cpu_isa,
+        deterministic=config.deterministic,
+        enforce_eager=config.enforce_eager,
+        max_num_seqs=config.max_num_seqs,
     )
     backend = create_backend(device, options)
     if config.block_size % backend.block_multiple:
