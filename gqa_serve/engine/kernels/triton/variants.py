@@ -32,10 +32,10 @@ class Variant:
     """One compilation of a Triton kernel: its types and constants, as a launch of the engine would fix them.
 
     `name` tells variants of a kernel apart for a reader ("bf16 D128 G4 fp8"). `signature` maps arguments to
-    types as Triton writes them: "*bf16", "i32", "fp32"; "i32:16" is an integer that is a multiple of 16, which
-    lets the compiler use wide loads. Pointers are taken to be multiples of 16 bytes, as torch allocates them;
-    "*bf16:1" is one that need not be. `constexprs` has the compile-time arguments: the constants, tensors that
-    are absent (None), and integers that are 1, since Triton compiles those in. `targets` are compute
+    types as Triton writes them: "*bf16", "i32", "fp32"; "i32:16" is an integer that is a multiple of 16, so
+    that the compiler may use wide loads. Pointers are taken to be multiples of 16 bytes, as torch allocates;
+    "*bf16:1" is one that need not be. `constexprs` has the compile-time arguments: the constants, tensors
+    that are absent (None), and integers that are 1, since Triton compiles those in. `targets` are compute
     capabilities times ten.
     """
 
@@ -55,6 +55,11 @@ class Variant:
 
     def __str__(self) -> str:
         return f"{self.kernel.__name__} {self.name}"
+
+    @property
+    def file(self) -> str:
+        """Which of MODULES the kernel is in."""
+        return str(self.kernel.fn.__module__).rsplit(".", 1)[-1]
 
 
 def variants() -> Iterator[Variant]:
