@@ -1,12 +1,11 @@
-"""The compile report: every kernel in every form that the engine launches, for every GPU generation, no GPU
-needed.
+"""The compile report: every kernel in every form that the engine launches, for every GPU generation.
 
     python -m gqa_serve.engine.kernels.triton.compile_report --output docs/cuda_kernels.md
 
 Owns the sweep over variants (in processes, since a compiler may die) and the tables of docs/cuda_kernels.md.
-Does not know how a kernel is compiled (`compiled.py`). Invariant: a variant that fails is a line of the
-report and an exit code of 1, and the others are compiled all the same; the text depends on the kernels and on
-the versions named in it, on no machine, path or date.
+Does not know how a kernel is compiled (`compiled.py`).
+Invariant: a variant that fails is a line of the report and an exit code of 1, and the others are compiled all
+the same; the text depends on the kernels and on the versions named in it, on no machine, path or date.
 """
 
 from __future__ import annotations
@@ -26,6 +25,8 @@ from gqa_serve.engine.kernels.triton.compiled import ARCHITECTURES, KIB, Compile
 from gqa_serve.engine.kernels.triton.variants import MODULES, TARGETS, Variant, variants
 
 NO_SPILLS = ("decode_attention",)  # files whose kernels must keep everything in registers
+TENSOR_CORES = ("mma", "wgmma", "tcgen05")
+ASYNC_COPIES = ("cp.async", "TMA")
 GPUS = {80: "A100", 90: "H100, H200", 100: "B200"}
 
 Task = tuple[int, int]
@@ -42,12 +43,16 @@ class Row:
 
     def problem(self) -> str | None:
         """What must not be shipped, in one sentence."""
-        who = f"{self.variant.file}: {self.variant} on sm_{self.target}" if isinstance(self.result, str):
-        return f"{who} does not compile: {self.result}" if not self.result.fits: limit =
-        ARCHITECTURES[self.target].block_shared_bytes return f"{who} needs {self.result.shared_bytes} bytes of
-        shared memory; a block may have {limit}" if self.variant.file in NO_SPILLS and
-        (self.result.spill_bytes or self.result.stack_bytes): return f"{who} spills {self.result.spill_bytes}
-        bytes of registers ({self.result.stack_bytes} of stack)" return None
+        who = f"{self.variant.file}: {self.variant} on sm_{self.target}"
+        it = self.result
+        if isinstance(it, str):
+            return f"{who} does not compile: {it}"
+        if not it.fits:
+            limit = ARCHITECTURES[self.target].block_shared_bytes
+            return f"{who} needs {it.shared_bytes} bytes of shared memory; a block may have {limit}"
+        if self.variant.file in NO_SPILLS and (it.spill_bytes or it.stack_bytes):
+            return f"{who} spills {it.spill_bytes} bytes of registers ({it.stack_bytes} of stack)"
+        return None
 
     def line(self) -> str:
         """A line of the kernel's table."""
@@ -62,8 +67,8 @@ class Row:
             str(it.spill_bytes) if not it.spill_bytes else f"**{it.spill_bytes}**",
             f"{it.shared_bytes / KIB:.1f}" if it.fits else f"**{it.shared_bytes / KIB:.1f}**",
             str(it.blocks_per_sm),
-            _counts({name: it.instructions.get(name, 0) for name in ("mma", "wgmma", "tcgen05")}),
-            _counts({name: it.instructions.get(name, 0) for name in ("cp.async", "TMA")}),
+            _counts({name: it.instructions.get(name, 0) for name in TENSOR_CORES}),
+            _counts({name: it.instructions.get(name, 0) for name in ASYNC_COPIES}),
             str(it.instructions.get("ldmatrix", 0)),
             _counts(it.load_bytes),
         ]
@@ -75,9 +80,20 @@ def _counts(counts: Mapping[str, int] | Mapping[int, int]) -> str:
     return ", ".join(f"{key} × {count}" for key, count in counts.items() if count) or "-"
 
 
-HEADER = """\
-| variant | sm | warps | registers | spilled | shared KiB | blocks / SM | tensor cores | async copies | ldmatrix | loads |
-|---|---:|---:|---:|---:|---:|---:|---|---|---:|---|"""
+COLUMNS = {
+    "variant": "---",
+    "sm": "---:",
+    "warps": "---:",
+    "registers": "---:",
+    "spilled": "---:",
+    "shared KiB": "---:",
+    "blocks / SM": "---:",
+    "tensor cores": "---",
+    "async copies": "---",
+    "ldmatrix": "---:",
+    "loads": "---",
+}
+HEADER = f"| {' | '.join(COLUMNS)} |\n|{'|'.join(COLUMNS.values())}|"
 
 INTRODUCTION = """\
 # The CUDA kernels, compiled
@@ -120,15 +136,28 @@ def render(rows: Sequence[Row]) -> str:
 
 def _summary(rows: Sequence[Row]) -> str:
     """One line per kernel and target: the worst of its variants."""
-    lines = [ "| kernel | sm | variants | most registers | spilling | most shared KiB | tensor cores | async
-    copies |", "|---|---:|---:|---:|---:|---:|---|---|", ] groups: dict[tuple[str, int], list[Compiled]] = {}
-    for row in rows: if isinstance(row.result, Compiled): groups.setdefault((row.variant.kernel.__name__,
-    row.target), []).append(row.result) for (kernel, target), results in groups.items(): used =
-    dict.fromkeys(name for result in results for name in result.instructions) cells = [ kernel, str(target),
-    str(len(results)), str(max(result.registers for result in results)), str(sum(result.spill_bytes > 0 for
-    result in results)), f"{max(result.shared_bytes for result in results) / KIB:.1f}", ", ".join(name for
-    name in ("mma", "wgmma", "tcgen05") if name in used) or "-", ", ".join(name for name in ("cp.async",
-    "TMA") if name in used) or "-", ] lines.append(f"| {' | '.join(cells)} |") return "\n".join([*lines, ""])
+    lines = [
+        "| kernel | sm | variants | registers | spilling | shared KiB | tensor cores | async copies |",
+        "|---|---:|---:|---:|---:|---:|---|---|",
+    ]
+    groups: dict[tuple[str, int], list[Compiled]] = {}
+    for row in rows:
+        if isinstance(row.result, Compiled):
+            groups.setdefault((row.variant.kernel.__name__, row.target), []).append(row.result)
+    for (kernel, target), results in groups.items():
+        used = dict.fromkeys(name for result in results for name in result.instructions)
+        cells = [
+            kernel,
+            str(target),
+            str(len(results)),
+            str(max(result.registers for result in results)),
+            str(sum(result.spill_bytes > 0 for result in results)),
+            f"{max(result.shared_bytes for result in results) / KIB:.1f}",
+            ", ".join(name for name in TENSOR_CORES if name in used) or "-",
+            ", ".join(name for name in ASYNC_COPIES if name in used) or "-",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
 
 
 def _compile(task: Task) -> Compiled | str:
@@ -158,7 +187,7 @@ def _message(error: Exception) -> str:
 
 
 def compile_all(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[Task, Compiled | str]]:
-    """Results as they come. If a worker dies, each task it may have been at is tried again in a process of its own."""
+    """Results as they come. If a worker dies, all that it may have been at is tried again, one by one."""
     waiting = list(reversed(tasks))
     while waiting:
         in_flight: dict[Future[Compiled | str], Task] = {}

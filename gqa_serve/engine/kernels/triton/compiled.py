@@ -2,7 +2,8 @@
 
 Owns how Triton's compiler and its assembler are asked, and the limits of the three architectures that we
 compile for. Does not know which variants exist (`variants.py`) or how a report looks (`compile_report.py`).
-Nothing here works while Triton interprets: kernels are not compilable then. Invariant: numbers come from the
+Nothing here works while Triton interprets: kernels are not compilable then.
+Invariant: numbers come from the
 assembler's own log and from the PTX it was given, never from an estimate; only `blocks_per_sm` is computed,
 by the allocation rules of the CUDA occupancy calculator.
 """
@@ -118,7 +119,7 @@ def compile_variant(variant: Variant, target: int) -> Compiled:
 
 
 def _compile(source: ASTSource, target: int, options: Mapping[str, object]) -> Compiled:
-    """Triton prints the assembler's log if asked to, and writes it nowhere; a fresh cache makes it assemble."""
+    """Triton prints the assembler's log if asked to, nowhere else; an empty cache makes it assemble."""
     log = io.StringIO()
     with tempfile.TemporaryDirectory() as cache, triton.knobs.cache.scope(), triton.knobs.nvidia.scope():
         triton.knobs.cache.dir = cache
@@ -131,7 +132,7 @@ def _compile(source: ASTSource, target: int, options: Mapping[str, object]) -> C
 
 
 def read_result(target: int, warps: int, shared_bytes: int, ptx: str, log: str) -> Compiled:
-    """Numbers out of the PTX and out of what `ptxas -v` said of it; a kernel and its calls are several functions."""
+    """Numbers out of the PTX and of what `ptxas -v` said of it, a kernel's called functions included."""
     frames = [tuple(map(int, frame)) for frame in _FRAME.findall(log)]
     registers = [int(count) for count in _USED.findall(log)]
     if not frames or not registers:
