@@ -312,9 +312,7 @@ def _joined(matrices: Sequence[CudaMatrix]) -> CudaMatrix:
     if isinstance(first, Float8Matrix):
         stacked = [cast("Float8Matrix", matrix) for matrix in matrices]
         codes = torch.cat([matrix.codes.view(torch.uint8) for matrix in stacked])
-        return Float8Matrix(
-            codes.view(torch.float8_e4m3fn), torch.cat([matrix.scale for matrix in stacked])
-        )
+        return Float8Matrix(codes.view(torch.float8_e4m3fn), torch.cat([matrix.scale for matrix in stacked]))
     weights = [cast("IntegerMatrix", matrix).weight for matrix in matrices]
 
     def side_by_side(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:

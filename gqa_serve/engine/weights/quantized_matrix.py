@@ -76,9 +76,7 @@ class GroupedTensor:
 
         scale = repeated(self.scale)
         assert scale is not None
-        return GroupedTensor(
-            self.bits, group, self.codes, scale, repeated(self.zero), repeated(self.minimum)
-        )
+        return GroupedTensor(self.bits, group, self.codes, scale, repeated(self.zero), repeated(self.minimum))
 
     def _by_input(self, values: torch.Tensor) -> torch.Tensor:
         """[n, groups] -> [n, k]."""

@@ -12,7 +12,9 @@ from gqa_serve.engine.kernels.triton.matmul import matmul, matmul_twin
 F8 = torch.float8_e4m3fn
 
 
-def operands(rows: int, n: int, k: int, dtype: torch.dtype, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def operands(
+    rows: int, n: int, k: int, dtype: torch.dtype, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, k, generator=generator).to(dtype)
     return x, (torch.randn(n, k, generator=generator) / k**0.5).to(dtype)
@@ -53,7 +55,9 @@ def test_scales_multiply_rows_and_columns() -> None:
     x_scale, weight_scale = torch.rand(7) + 0.5, torch.rand(24) + 0.5
     bias = torch.randn(24)
     out = matmul(x8, weight8, bias, poisoned(7, 24, torch.float16), x_scale, weight_scale)
-    exact = (x8.double() * x_scale.double()[:, None]) @ (weight8.double() * weight_scale.double()[:, None]).t()
+    exact = (x8.double() * x_scale.double()[:, None]) @ (
+        weight8.double() * weight_scale.double()[:, None]
+    ).t()
     torch.testing.assert_close(out.double(), exact + bias.double(), rtol=2e-3, atol=2e-3)
     twin = matmul_twin(x8, weight8, bias, poisoned(7, 24, torch.float16), x_scale, weight_scale)
     torch.testing.assert_close(out, twin, rtol=2e-3, atol=2e-3)

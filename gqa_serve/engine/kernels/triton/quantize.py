@@ -41,7 +41,9 @@ def _quantize_rows_kernel(
         inside = offsets < K - start
         x = tl.load(x_ptr + row * x_stride + start + offsets, mask=inside, other=0.0).to(tl.float32)
         x = tl.minimum(tl.maximum(x * inverse, -HIGHEST), HIGHEST)
-        tl.store(codes_ptr + row * codes_stride + start + offsets, x.to(codes_ptr.dtype.element_ty), mask=inside)
+        tl.store(
+            codes_ptr + row * codes_stride + start + offsets, x.to(codes_ptr.dtype.element_ty), mask=inside
+        )
 
 
 def quantize_rows(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> None:

@@ -100,7 +100,7 @@ def _add_group(
     return acc + tl.dot(x, weights.to(x.dtype), input_precision="ieee") * scale[None, :]
 
 
-@triton.jit(do_not_specialize=["T", "steps_per_split"])
+@triton.jit(do_not_specialize=["T", "split_stride", "steps", "steps_per_split"])
 def _quantized_linear_kernel(
     x_ptr, codes_ptr, scale_ptr, zero_ptr, minimum_ptr, bias_ptr, out_ptr,
     T, N, K, x_stride, out_stride, split_stride, steps, steps_per_split,
@@ -115,12 +115,15 @@ def _quantized_linear_kernel(
     inside = column < N
     i = tl.arange(0, GROUP)
     x_ptrs = x_ptr + tl.minimum(row, T - 1).to(tl.int64)[:, None] * x_stride + i[None, :]
-    code_ptrs = codes_ptr + i.to(tl.int64)[:, None] * N + tl.minimum(column, N - 1)[None, :]
+    first = split * steps_per_split
+    code_rows = first.to(tl.int64) * GROUP + i
+    code_ptrs = codes_ptr + code_rows[:, None] * N + tl.minimum(column, N - 1)[None, :]
     PARTS: tl.constexpr = 8 // BITS  # groups in a byte
     MIDDLE: tl.constexpr = 1 << (BITS - 1)
     acc = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
-    for step in range(split * steps_per_split, tl.minimum(steps, (split + 1) * steps_per_split)):
-        packed = tl.load(code_ptrs + step.to(tl.int64) * GROUP * N)
+    for step in range(first, tl.minimum(steps, first + steps_per_split)):
+        packed = tl.load(code_ptrs)
+        code_ptrs += GROUP * N
         for part in tl.static_range(PARTS):
             group = step * PARTS + part
             start = group * GROUP
@@ -160,7 +163,11 @@ def _sum_splits_kernel(
 
 
 def quantized_linear(
-    x: torch.Tensor, weight: Quantized, bias: torch.Tensor | None, out: torch.Tensor, deterministic: bool = False
+    x: torch.Tensor,
+    weight: Quantized,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    deterministic: bool = False,
 ) -> torch.Tensor:
     """out [T, n] = x [T, k] @ weight.T + bias [n], float32; x's rows are contiguous. Returns `out`.
 
@@ -191,7 +198,11 @@ def quantized_linear(
 
 
 def quantized_linear_twin(
-    x: torch.Tensor, weight: Quantized, bias: torch.Tensor | None, out: torch.Tensor, deterministic: bool = False
+    x: torch.Tensor,
+    weight: Quantized,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    deterministic: bool = False,
 ) -> torch.Tensor:
     """What `quantized_linear` computes, in plain torch and always in one order."""
     weights = dequantize(weight)  # [n, k]
