@@ -1,9 +1,9 @@
 """The CUDA backend's weights: what a matrix of the checkpoint is packed into, and the layers made of it.
 
-Owns the choice of a format for each matrix and of the product that computes with it. Kernels and their layouts
-are in `kernels/triton/`; how codes and scales are chosen is `weights/quantize.py`'s business.
-Invariant: the parts of a layer whose formats agree are one matrix and one product; every product can be captured
-in a CUDA graph; with `deterministic` a row's bytes do not depend on the other rows.
+Owns the choice of a format for each matrix and of the product that computes with it. Kernels and their
+layouts are in `kernels/triton/`; how codes and scales are chosen is `weights/quantize.py`'s business.
+Invariant: the parts of a layer whose formats agree are one matrix and one product; every product can be
+captured in a CUDA graph; with `deterministic` a row's bytes do not depend on the other rows.
 """
 
 from __future__ import annotations
@@ -190,10 +190,11 @@ class CudaWeights:
     # --- at load ---
 
     def pack(self, weight: torch.Tensor | QuantizedMatrix, role: Role) -> CudaMatrix:
-        """Copy [n, k] to the device in the format that `quantization` says. Raises ValueError as `Backend.pack`.
+        """Copy [n, k] to the device in the format that `quantization` says. Raises ValueError as
+        `Backend.pack`.
 
-        "auto": as the checkpoint has it, where one of our formats holds that exactly; other quantized matrices
-        become int8 in groups of 32.
+        "auto": as the checkpoint has it, where one of our formats holds that exactly; other quantized
+        matrices become int8 in groups of 32.
         """
         grouped = None if isinstance(weight, torch.Tensor) else weight.grouped(self.device)
         if grouped is not None and self._keeps(grouped, role):
@@ -235,27 +236,29 @@ class CudaWeights:
         return _served_group(grouped) is not None
 
     def _pack_grouped(self, grouped: GroupedTensor) -> CudaMatrix:
+        """Numbers on the device, in a format that `_maps`."""
         if not grouped.is_integer:
-            scale = grouped.scale.to(self.device, torch.float32).reshape(-1)
-            return Float8Matrix(grouped.codes.to(self.device).contiguous(), scale.contiguous())
+            return Float8Matrix(grouped.codes.contiguous(), grouped.scale.float().reshape(-1).contiguous())
         group = _served_group(grouped)
         assert group is not None
         if group not in (0, grouped.group):
             grouped = grouped.in_groups_of(group)
-        parts = (grouped.codes, grouped.scale, grouped.zero, grouped.minimum)
-        codes, scale, zero, minimum = (None if part is None else part.to(self.device) for part in parts)
-        assert codes is not None
-        assert scale is not None
-        return IntegerMatrix(arrange(codes, scale, zero, minimum, grouped.bits, group))
+        return IntegerMatrix(
+            arrange(grouped.codes, grouped.scale, grouped.zero, grouped.minimum, grouped.bits, group)
+        )
 
     def linear(self, parts: Sequence[Packed], bias: torch.Tensor | None) -> Linear:
         """One layer of matrices stacked along their outputs; bias [out] float32."""
         matrices = [cast("CudaMatrix", part) for part in parts]
         if len({matrix.kind for matrix in matrices}) == 1:
             return self._linear(_joined(matrices), bias)
-        sizes = [_outputs(matrix) for matrix in matrices]
-        biases = [None] * len(sizes) if bias is None else bias.split(sizes)
-        return SplitLinear([self._linear(*pair) for pair in zip(matrices, biases, strict=True)])
+        linears: list[Linear] = []
+        first = 0
+        for matrix in matrices:
+            n = _outputs(matrix)
+            linears.append(self._linear(matrix, None if bias is None else bias[first : first + n]))
+            first += n
+        return SplitLinear(linears)
 
     def _linear(self, matrix: CudaMatrix, bias: torch.Tensor | None) -> Linear:
         if isinstance(matrix, PlainMatrix):

@@ -1,8 +1,8 @@
 """A matrix in the quantized blocks of its GGUF file.
 
 Owns the bytes by rows and the way to numbers. Does not know what the matrix is for; a backend that computes
-with blocks of this type reads `rows` or `grouped()`, any other calls `dequantize`. Imports no torch by itself,
-like the rest of this package.
+with blocks of this type reads `rows` or `grouped()`, any other calls `dequantize`. Imports no torch by
+itself, like the rest of this package.
 Invariant: rows are in Hugging Face's order, whatever order the file keeps them in.
 """
 

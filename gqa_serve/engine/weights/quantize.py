@@ -36,7 +36,7 @@ def quantize_int8(weight: torch.Tensor, group: int) -> GroupedTensor:
 
 
 def quantize_int4(weight: torch.Tensor, group: int) -> GroupedTensor:
-    """[n, k] -> codes 0 .. 15 with a float16 scale and minimum per group, of the least squared error tried."""
+    """[n, k] -> codes 0 .. 15 with a float16 scale and minimum per group, of least squared error."""
     codes, scales, minima = [], [], []
     for rows in _chunks(weight):
         groups = _in_groups(rows, group)
@@ -61,8 +61,8 @@ def quantize_fp8(weight: torch.Tensor) -> GroupedTensor:
 def _spread(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and minimum [m, groups, 1] of weights spread over 0 .. reach, for some reaches around 15.
 
-    Each reach gives codes, and they a scale and a minimum by least squares. Squares are of weights divided by the
-    largest, so that they neither overflow nor vanish.
+    Each reach gives codes, and they a scale and a minimum by least squares. Squares are of weights divided by
+    the largest, so that they neither overflow nor vanish.
     """
     peak = groups.abs().amax(dim=-1, keepdim=True)
     x = groups * _inverse(peak)
@@ -88,8 +88,9 @@ def _spread(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _chunks(weight: torch.Tensor) -> Iterator[torch.Tensor]:
     """Some rows after the other, in float32."""
-    for rows in weight.split(max(1, _AT_ONCE // max(1, weight.shape[1]))):
-        yield _finite(rows.float())
+    count = max(1, _AT_ONCE // max(1, weight.shape[1]))
+    for first in range(0, weight.shape[0], count):
+        yield _finite(weight[first : first + count].float())
 
 
 def _in_groups(rows: torch.Tensor, group: int) -> torch.Tensor:
@@ -106,5 +107,8 @@ def _inverse(x: torch.Tensor) -> torch.Tensor:
 
 def _finite(x: torch.Tensor) -> torch.Tensor:
     if not bool(x.isfinite().all()):
-        raise ValueError("holds NaN, infinity or a number too large for its format")
+        raise ValueError(
+            "holds values that are not finite, so the checkpoint is damaged, or too large for the format asked "
+            "for, so another --dtype or --quantization is needed"
+        )
     return x

@@ -1,7 +1,7 @@
 """A matrix that its checkpoint holds in fewer bits, and the one form that all such matrices have.
 
-Owns what every file format has in common: numbers of 8 or 4 bits with a scale per group of inputs. Does not know
-file formats (each is a `QuantizedMatrix` of its own) or the layouts that backends compute with.
+Owns what every file format has in common: numbers of 8 or 4 bits with a scale per group of inputs. Does not
+know file formats (each is a `QuantizedMatrix` of its own) or the layouts that backends compute with.
 Invariant: `grouped` and `dequantize` say the same numbers, exactly those the checkpoint means.
 """
 
@@ -66,7 +66,7 @@ class GroupedTensor:
         return numbers.mul_(self._by_input(self.scale))
 
     def in_groups_of(self, group: int) -> GroupedTensor:
-        """The same numbers in groups of `group`, which divides the groups they are in or the groups are whole."""
+        """The same numbers in groups of `group`, which divides their own, or theirs are all the inputs."""
 
         def repeated(values: torch.Tensor | None) -> torch.Tensor | None:
             if values is None:

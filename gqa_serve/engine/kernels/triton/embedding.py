@@ -1,7 +1,7 @@
 """Rows of a quantized table: the embedding of a model whose vocabulary is held in 8 or 4 bits.
 
-Owns the lookup in the layout of `quantized_linear`, where a token's numbers lie a row apart, so that one matrix
-serves as the output head and as the table. Tables that are not quantized are torch's business.
+Owns the lookup in the layout of `quantized_linear`, where a token's numbers lie a row apart, so that one
+matrix serves as the output head and as the table. Tables that are not quantized are torch's business.
 """
 
 from __future__ import annotations
@@ -53,8 +53,10 @@ def embed(table: Quantized, ids: torch.Tensor, factor: float, out: torch.Tensor)
     if ids.shape[0] == 0:
         return out
     _embed_kernel[(ids.shape[0], triton.cdiv(table.k, _BLOCK))](
-        ids, table.codes, table.scale, table.zero, table.minimum, out, factor, table.n, table.k, out.stride(0),
-        BITS=table.bits, GROUP=table.group or ONE_GROUP, ONE_SCALE=table.group == 0, BLOCK=_BLOCK, num_warps=4,
+        ids, table.codes, table.scale, table.zero, table.minimum, out,
+        factor, table.n, table.k, out.stride(0),
+        BITS=table.bits, GROUP=table.group or ONE_GROUP, ONE_SCALE=table.group == 0, BLOCK=_BLOCK,
+        num_warps=4,
     )  # fmt: skip
     return out
 

@@ -34,8 +34,8 @@ _MAX_SPLITS = 8
 class Quantized(NamedTuple):
     """A matrix [n, k] in the layout above, k padded with zeros to whole steps.
 
-    `group` 0: one scale for all inputs, 8 bits only. Neither `zero` [.., N] uint8 nor `minimum` [.., N]: codes
-    are symmetric around 128 or 8.
+    `group` 0: one scale for all inputs, 8 bits only. `zero` is uint8; without it and `minimum`, codes are
+    symmetric around 128 or 8.
     """
 
     codes: torch.Tensor
@@ -58,16 +58,17 @@ class Config(NamedTuple):
     num_stages: int
 
 
-def config(rows: int, n: int, steps: int, itemsize: int, deterministic: bool) -> Config:
+def config(rows: int, n: int, steps: int, bits: int, itemsize: int, deterministic: bool) -> Config:
     """The tile for `rows` tokens and weights of n outputs and `steps` steps of inputs.
 
-    Few rows: weights are all the traffic, so K is split until there are programs for the whole GPU. With
-    `deterministic` nothing depends on the number of rows.
+    Few rows: weights are all the traffic, so K is split until there are programs for the whole GPU. Many rows:
+    the largest tile whose sums stay in registers, two groups of them for 4 bits. With `deterministic` nothing
+    depends on the number of rows.
     """
     if deterministic or itemsize == 4:
         return Config(32, 64, 1, 4, 3 if itemsize < 4 else 2)
     if rows > 64:
-        return Config(128, 128, 1, 8, 2)
+        return Config(128, 128 if bits == 8 else 64, 1, 8, 2)
     tiles = triton.cdiv(n, 64)
     splits = max(1, min(_BUSY // tiles, steps // 4, _MAX_SPLITS))
     return Config(max(16, triton.next_power_of_2(rows)), 64, splits, 4, 4 if rows <= 32 else 3)
@@ -75,7 +76,7 @@ def config(rows: int, n: int, steps: int, itemsize: int, deterministic: bool) ->
 
 @triton.jit
 def _numbers(codes, bias):
-    """codes - bias of integers below 2^23, exactly: their bits are the low ones of the float32 2^23 + code."""
+    """codes - (bias - 2^23), exactly: a code's bits are the low ones of the float32 2^23 + code."""
     return ((codes.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True)) - bias
 
 
@@ -117,12 +118,12 @@ def _quantized_linear_kernel(
     x_ptrs = x_ptr + tl.minimum(row, T - 1).to(tl.int64)[:, None] * x_stride + i[None, :]
     first = split * steps_per_split
     code_rows = first.to(tl.int64) * GROUP + i
-    code_ptrs = codes_ptr + code_rows[:, None] * N + tl.minimum(column, N - 1)[None, :]
+    code_ptrs = codes_ptr + code_rows[:, None] * N + column[None, :]
     PARTS: tl.constexpr = 8 // BITS  # groups in a byte
     MIDDLE: tl.constexpr = 1 << (BITS - 1)
     acc = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
     for step in range(first, tl.minimum(steps, first + steps_per_split)):
-        packed = tl.load(code_ptrs)
+        packed = tl.load(code_ptrs, mask=inside[None, :], other=0)
         code_ptrs += GROUP * N
         for part in tl.static_range(PARTS):
             group = step * PARTS + part
@@ -178,7 +179,7 @@ def quantized_linear(
         return out
     group = weight.group or ONE_GROUP
     steps = weight.codes.shape[0] // group
-    tile = config(rows, n, steps, x.element_size(), deterministic)
+    tile = config(rows, n, steps, weight.bits, x.element_size(), deterministic)
     split = tile.splits > 1
     # The parts of a split sum, in order.
     target = torch.empty((tile.splits, rows, n), dtype=torch.float32, device=x.device) if split else out
@@ -187,7 +188,8 @@ def quantized_linear(
         x, weight.codes, weight.scale, weight.zero, weight.minimum, None if split else bias, target,
         rows, n, k, x.stride(0), target.stride(-2), target.stride(0) if split else 0,
         steps, triton.cdiv(steps, tile.splits),
-        BITS=weight.bits, GROUP=group, ONE_SCALE=weight.group == 0, EVEN_K=k == steps * group * (8 // weight.bits),
+        BITS=weight.bits, GROUP=group, ONE_SCALE=weight.group == 0,
+        EVEN_K=k == steps * group * (8 // weight.bits),
         BLOCK_T=tile.block_t, BLOCK_N=tile.block_n, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     if split:
@@ -273,7 +275,7 @@ def variants() -> Iterator[Variant]:
     )  # fmt: skip
     for rows, (bits, group, scale, extra) in product((1, 32, 2048, None), kinds):
         width = group or ONE_GROUP
-        tile = config(rows or 1, 4096, 4096 // (width * (8 // bits)), 2, deterministic=rows is None)
+        tile = config(rows or 1, 4096, 4096 // (width * (8 // bits)), bits, 2, deterministic=rows is None)
         for element in ("bf16", "fp16") if rows == 1 else ("bf16",):
             signature = {"x_ptr": f"*{element}", "codes_ptr": "*u8", "scale_ptr": f"*{scale}"}
             signature["out_ptr"] = f"*{'fp32' if tile.splits > 1 else element}"
