@@ -108,7 +108,7 @@ def _inverse(x: torch.Tensor) -> torch.Tensor:
 def _finite(x: torch.Tensor) -> torch.Tensor:
     if not bool(x.isfinite().all()):
         raise ValueError(
-            "holds values that are not finite, so the checkpoint is damaged, or too large for the format asked "
-            "for, so another --dtype or --quantization is needed"
+            "holds values that are not finite, so the checkpoint is damaged, or too large for the format "
+            "asked for, so another --dtype or --quantization is needed"
         )
     return x

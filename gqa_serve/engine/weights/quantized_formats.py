@@ -328,7 +328,7 @@ def _integers(
     zero: torch.Tensor | None,
     shape: tuple[int, int],
 ) -> GroupedTensor:
-    """Codes [n, k], scale and zero [n, groups] (group 0: one for all). Zeros all in the middle are left out."""
+    """Codes [n, k], scale and zero [n, groups]; group 0: one for all. Zeros all in the middle are dropped."""
     group = group or shape[1]
     codes = codes[:, : shape[1]]
     _check_scales(scale, group, shape)

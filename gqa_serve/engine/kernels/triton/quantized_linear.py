@@ -61,9 +61,9 @@ class Config(NamedTuple):
 def config(rows: int, n: int, steps: int, bits: int, itemsize: int, deterministic: bool) -> Config:
     """The tile for `rows` tokens and weights of n outputs and `steps` steps of inputs.
 
-    Few rows: weights are all the traffic, so K is split until there are programs for the whole GPU. Many rows:
-    the largest tile whose sums stay in registers, two groups of them for 4 bits. With `deterministic` nothing
-    depends on the number of rows.
+    With few rows weights are all the traffic, so K is split until there are programs for the whole GPU. With
+    many the tile is the largest whose sums stay in registers, twice over for the two groups of 4-bit steps.
+    With `deterministic` nothing depends on the number of rows.
     """
     if deterministic or itemsize == 4:
         return Config(32, 64, 1, 4, 3 if itemsize < 4 else 2)
