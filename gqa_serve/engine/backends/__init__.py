@@ -88,6 +88,11 @@ def _native(options: BackendOptions) -> Backend:
 
     from gqa_serve.engine.backends.cpu import CpuBackend
 
+    if options.quantization == "fp8":
+        raise ConfigError(
+            "--quantization fp8 is not served by the native backend; use --quantization int8, or --device "
+            "cuda on a GPU of compute capability 8.9 or higher."
+        )
     kv_dtype = options.kv_cache_dtype
     if kv_dtype == "auto":
         exact = options.quantization == "none" or options.checkpoint_dtype is not None
@@ -120,9 +125,9 @@ def _reference(device: torch.device, options: BackendOptions) -> Backend:
     from gqa_serve.engine.backends.reference import ReferenceBackend
     from gqa_serve.engine.kv_cache import KV_DTYPES
 
-    if options.quantization in _NATIVE_ONLY:
+    if options.quantization in (*_NATIVE_ONLY, "fp8"):
         where = "--backend reference" if device.type == "cpu" else f"--device {device.type}"
-        cure = "" if device.type == "cpu" else " or --device cpu"
+        cure = "" if device.type == "cpu" or options.quantization == "fp8" else " or --device cpu"
         raise ConfigError(
             f"{where} does not serve --quantization {options.quantization}; use --quantization none{cure}."
         )

@@ -1,4 +1,4 @@
-"""The CUDA backend's weights where Triton interprets: what becomes of each matrix, and what layers compute."""
+"""The CUDA backend's weights where Triton interprets: what becomes of a matrix, and what layers compute."""
 
 from __future__ import annotations
 
