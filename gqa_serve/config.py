@@ -34,9 +34,9 @@ class EngineConfig:
     )
     quantization: str = setting(
         "auto",
-        "int8, int4: quantize at load; none: dequantize exactly; auto: GGUF weights stay quantized",
+        "int8, int4, fp8 (GPU): quantize at load; none: dequantize exactly; auto: quantized weights stay so",
         "model",
-        choices=("auto", "none", "int8", "int4"),
+        choices=("auto", "none", "int8", "int4", "fp8"),
     )
     device: str = setting("auto", "where to run", "model", choices=("auto", "cpu", "cuda", "mps"))
     backend: str = setting(

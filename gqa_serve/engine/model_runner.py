@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 _CPU_MEMORY_SHARE = 0.5
 _CPU_KV_CACHE = 4 * 2**30  # unless one request of the longest context needs more
 _GPU_MEMORY_SHARE = 0.9
-_QUANTIZED = ("int8", "int4")
+_QUANTIZED = ("int8", "int4", "fp8")
 
 OnTensor = Callable[[int, int], None]
 """Called with (tensors loaded, tensors in all)."""

@@ -113,6 +113,11 @@ def _native(options: BackendOptions) -> Backend:
 
     if options.enforce_eager:
         raise ConfigError("--enforce-eager is for the cuda backend, which is not used here.")
+    if options.quantization == "fp8":
+        raise ConfigError(
+            "--quantization fp8 is not served by the native backend; use --quantization int8, or --device "
+            "cuda on a GPU of compute capability 8.9 or higher."
+        )
     kv_dtype = options.kv_cache_dtype
     if kv_dtype == "auto":
         exact = options.quantization == "none" or options.checkpoint_dtype is not None
@@ -182,9 +187,9 @@ def _reference(device: torch.device, options: BackendOptions) -> Backend:
     for flag, asked in (("--deterministic", options.deterministic), ("--enforce-eager", options.enforce_eager)):
         if asked:
             raise ConfigError(f"{flag} is not served by the reference backend, which is used here.")
-    if options.quantization in _QUANTIZED:
+    if options.quantization in (*_QUANTIZED, "fp8"):
         where = "--backend reference" if device.type == "cpu" else f"--device {device.type}"
-        cure = "" if device.type == "cpu" else " or --device cpu"
+        cure = "" if device.type == "cpu" or options.quantization == "fp8" else " or --device cpu"
         raise ConfigError(
             f"{where} does not serve --quantization {options.quantization}; use --quantization none{cure}."
         )
