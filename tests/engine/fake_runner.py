@@ -77,6 +77,7 @@ class Watched:
         self.pending = pending
         self.on_collect = on_collect
         self.collected = False
+        self.num_collected = 0
 
     @property
     def tokens(self) -> torch.Tensor:
@@ -88,7 +89,9 @@ class Watched:
         if self.on_collect is not None:
             self.on_collect()
         with OnDevice.done():
-            return self.pending.result()
+            result: list[Any] = self.pending.result()
+        self.num_collected = len(result)
+        return result
 
 
 class WatchedSampler(Sampler):

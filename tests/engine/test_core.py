@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 
 import pytest
@@ -23,7 +24,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from gqa_serve.engine import core
-from gqa_serve.engine.request import SamplingParams
+from gqa_serve.engine.request import SamplingParams, TokenOutput
 from gqa_serve.errors import ContextLengthError, RequestError
 
 
@@ -445,37 +446,74 @@ def test_extreme_parameters_never_touch_a_neighbour(lookahead: bool, params: dic
         assert outputs[f"extreme{number}"][-1].finish_reason in ("length", "error")
 
 
-class EngineMachine(RuleBasedStateMachine):
-    """Any interleaving of add, abort, step and failing steps conserves blocks and ends each request once."""
+KINDS: dict[str, dict[str, object]] = {
+    "greedy": {},
+    "stops": {"stop_token_ids": list(range(4, 30))},
+    "late stop": {"stop_token_ids": list(range(4, 30)), "min_tokens": 3},
+    "seeded": {"temperature": 1.0, "seed": 5, "top_p": 0.9},
+    "penalised": {"frequency_penalty": 2.0, "repetition_penalty": 1.5},
+    "scored": {"prompt_logprobs": 1, "logprobs": 1},
+    "scored only": {"prompt_logprobs": 0, "max_tokens": 0},
+    "one token": {"max_tokens": 1},
+}
 
+
+@functools.cache
+def alone(kind: str, length: int, like: int) -> tuple[list[int], object]:
+    """Tokens and the first output's prompt log-probabilities of a request that has the engine to itself."""
+    engine = make_engine(False, num_blocks=14)
+    engine.add(request("x", prompt_of(40, like)[:length], **{"max_tokens": 6, **KINDS[kind]}))
+    outputs = run(engine)["x"]
+    return tokens_of(outputs), outputs[0].prompt_logprobs
+
+
+class EngineMachine(RuleBasedStateMachine):
+    """Any interleaving of adds, aborts, failures and steps conserves blocks, ends each request once, and
+    gives every request what it gets alone, up to where it ended."""
+
+    lookahead: bool
     ids = Bundle("ids")
 
     def __init__(self) -> None:
         super().__init__()
-        self.fail = False
+        self.failing = ""
         self.engine = make_engine(
-            self.lookahead, num_blocks=14, max_num_seqs=4, max_num_batched_tokens=9, on_execute=self._fault
+            self.lookahead,
+            num_blocks=14,
+            max_num_seqs=4,
+            max_num_batched_tokens=9,
+            on_execute=lambda plan: self._fault("launch"),
+            on_collect=lambda: self._fault("collect"),
         )
         self.count = 0
+        self.num_tokens = 0
         self.open: set[str] = set()
-        self.produced: dict[str, list[int]] = {}
-        self.prompts: dict[str, list[int]] = {}
-        self.whole: set[str] = set()
+        self.wanted: dict[str, tuple[list[int], object]] = {}
+        self.produced: dict[str, list[TokenOutput]] = {}
 
-    def _fault(self, plan: object) -> None:
-        if self.fail:
+    def _fault(self, where: str) -> None:
+        if self.failing == where:
             raise RuntimeError("injected")
 
-    @rule(target=ids, length=st.integers(1, 40), like=st.integers(0, 3), n=st.sampled_from([1, 1, 3]))
-    def add(self, length: int, like: int, n: int) -> str:
+    def _add(self, name: str, kind: str, length: int, like: int, group: str | None = None) -> None:
+        params = {"max_tokens": 6, **KINDS[kind]}
+        prompt = prompt_of(40, like)[:length]
+        self.engine.add(request(name, prompt, group=group, priority=like % 2, **params))
+        self.open.add(name)
+        self.wanted[name] = alone(kind, length, like)
+        self.produced[name] = []
+
+    @rule(
+        target=ids,
+        kind=st.sampled_from(list(KINDS)),
+        length=st.integers(1, 40),
+        like=st.integers(0, 3),
+        n=st.sampled_from([1, 1, 3]),
+    )
+    def add(self, kind: str, length: int, like: int, n: int) -> str:
         self.count += 1
         for choice in range(n):
-            name = f"r{self.count}-{choice}"
-            self.prompts[name] = prompt_of(40, like)[:length]
-            group = f"g{self.count}" if n > 1 else None
-            self.engine.add(request(name, self.prompts[name], group=group, max_tokens=6, priority=like % 2))
-            self.open.add(name)
-            self.produced[name] = []
+            self._add(f"r{self.count}-{choice}", kind, length, like, f"g{self.count}" if n > 1 else None)
         return f"r{self.count}-0"
 
     @rule(name=consumes(ids))
@@ -483,27 +521,32 @@ class EngineMachine(RuleBasedStateMachine):
         assert self.engine.abort(name) == (name in self.open)
         self.open.discard(name)
 
+    @rule(name=ids, kind=st.sampled_from(list(KINDS)), length=st.integers(1, 40))
+    def another_of_the_same_name(self, name: str, kind: str, length: int) -> None:
+        self.engine.abort(name)  # its tokens that are still on their way are not the new one's
+        self._add(name, kind, length, 2)
+
     @rule(times=st.integers(1, 6))
     def step(self, times: int) -> None:
         for _ in range(times):
             self._take(self.engine.step())
+            assert_conserved(self.engine)
 
-    @rule()
-    def failing_step(self) -> None:
-        self.fail = True
+    @rule(where=st.sampled_from(["launch", "collect"]))
+    def failing_step(self, where: str) -> None:
+        self.failing = where
         try:
             self._take(self.engine.step())
         finally:
-            self.fail = False
+            self.failing = ""
 
-    def _take(self, outputs: list) -> None:
+    def _take(self, outputs: list[TokenOutput]) -> None:
         for output in outputs:
             assert output.request_id in self.open, "an output after the end"
-            self.produced[output.request_id] += output.token_ids
+            self.produced[output.request_id].append(output)
+            self.num_tokens += len(output.token_ids)
             if output.finish_reason is not None:
                 self.open.discard(output.request_id)
-            if output.finish_reason == "length":
-                self.whole.add(output.request_id)
 
     @invariant()
     def conserved(self) -> None:
@@ -511,6 +554,11 @@ class EngineMachine(RuleBasedStateMachine):
         scheduler = self.engine.scheduler
         here = [r.request_id for r in scheduler.waiting + scheduler.running]
         assert sorted(here) == sorted(self.open)
+
+    @invariant()
+    def every_token_is_handed_out_or_discarded_once(self) -> None:
+        collected = sum(pending.num_collected for pending in self.engine.sampler.launched)
+        assert collected == self.num_tokens + self.engine.num_discarded_tokens
 
     def teardown(self) -> None:
         for _ in range(2000):
@@ -520,11 +568,23 @@ class EngineMachine(RuleBasedStateMachine):
         assert not self.open
         assert_conserved(self.engine)
         assert self.engine.scheduler.kv.pool.num_free == 14
-        for name, tokens in self.produced.items():
-            params = SamplingParams(max_tokens=6, ignore_eos=True)
-            wanted = expected(self.prompts[name], params, 56)
-            assert tokens == (wanted if name in self.whole else wanted[: len(tokens)])
+        for name, outputs in self.produced.items():
+            tokens, prompt_logprobs = self.wanted[name]
+            whole = bool(outputs) and outputs[-1].finish_reason in ("length", "stop")
+            assert tokens_of(outputs) == (tokens if whole else tokens[: len(tokens_of(outputs))])
+            if outputs and outputs[0].finish_reason != "error":
+                assert outputs[0].prompt_logprobs == prompt_logprobs
 
 
-TestEngineMachine = EngineMachine.TestCase
-TestEngineMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+class MachineAtOnce(EngineMachine):
+    lookahead = False
+
+
+class MachineAhead(EngineMachine):
+    lookahead = True
+
+
+TestMachineAtOnce = MachineAtOnce.TestCase
+TestMachineAhead = MachineAhead.TestCase
+for case in (TestMachineAtOnce, TestMachineAhead):
+    case.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
