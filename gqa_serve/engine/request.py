@@ -9,7 +9,7 @@ No torch here.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import msgspec
@@ -274,8 +274,6 @@ class Request:
         self.num_cached_tokens = 0
         self.prompt_logprobs: list[TokenLogprobs | None] = []
         self.has_output = False
-        self.needs_last_token = spec.params.has_penalties
-        """Whether the host must know a token before it can have the next one chosen."""
 
     @property
     def num_tokens(self) -> int:
@@ -293,11 +291,16 @@ class Request:
         return min(self.num_tokens, self._max_computed_tokens) - self.num_computed_tokens
 
     @property
+    def needs_last_token(self) -> bool:
+        """Whether the host must know the last token before the request's next step is launched."""
+        return self.params.has_penalties and self.num_pending_tokens > 0
+
+    @property
     def scores_prompt(self) -> bool:
         """Whether prompt log-probabilities are wanted and not complete yet."""
         return self.params.prompt_logprobs is not None and not self.has_output
 
-    def set_prompt_logprobs(self, start: int, entries: list[TokenLogprobs | None]) -> None:
+    def set_prompt_logprobs(self, start: int, entries: Iterable[TokenLogprobs]) -> None:
         """Those that a row beginning at `start` gave: of the tokens after `start`. After a preemption they
         come again from the beginning, and replace what there was."""
         if start == 0:

@@ -35,7 +35,7 @@ class HostCopy:
         if tensors[0].is_cuda:
             # non_blocking to the CPU goes to pinned memory, of which torch keeps a stock
             tensors = tuple(tensor.to("cpu", non_blocking=True) for tensor in tensors)
-            self._event = torch.cuda.Event()
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record()
         self._tensors = tensors
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -444,6 +445,177 @@ def test_extreme_parameters_never_touch_a_neighbour(lookahead: bool, params: dic
     for number in range(3):
         assert all(0 <= token < VOCAB for token in tokens_of(outputs[f"extreme{number}"]))
         assert outputs[f"extreme{number}"][-1].finish_reason in ("length", "error")
+
+
+# --- looking ahead ---
+
+
+def greedy(prompt: list[int], max_tokens: int) -> list[int]:
+    return expected(prompt, SamplingParams(max_tokens=max_tokens, ignore_eos=True))
+
+
+def test_a_step_is_launched_on_tokens_that_only_the_device_knows() -> None:
+    engine = make_engine(True)
+    engine.add(request("a", prompt_of(5), max_tokens=3))
+    engine.add(request("b", prompt_of(6, 1), max_tokens=3))
+    assert engine.step() == []
+    first = engine.step()
+    assert [len(output.token_ids) for output in first] == [1, 1]
+    _, second = engine.runner.plans
+    assert [(row.token_ids, row.start, row.previous_row) for row in second.rows] == [([0], 5, 0), ([0], 6, 1)]
+    run(engine)
+
+
+def test_a_request_known_to_end_is_not_computed_again(lookahead: bool) -> None:
+    engine = make_engine(lookahead, max_model_len=20)
+    engine.add(request("tokens", prompt_of(5), max_tokens=4))
+    engine.add(request("context", prompt_of(11, 1), max_tokens=100))
+    outputs = run(engine)
+    assert (len(tokens_of(outputs["tokens"])), len(tokens_of(outputs["context"]))) == (4, 9)
+    assert [len(plan.rows) for plan in engine.runner.plans] == [2] * 4 + [1] * 5
+    assert engine.num_discarded_tokens == 0
+
+
+def test_what_was_computed_for_an_ended_request_is_discarded_once(lookahead: bool) -> None:
+    prompt = prompt_of(5)
+    stream = greedy(prompt, 12)
+    stop = next(token for i, token in enumerate(stream) if i >= 3 and token not in stream[:i])
+    engine = make_engine(lookahead)
+    engine.add(request("stops", prompt, max_tokens=12, stop_token_ids=[stop]))
+    engine.add(request("goes on", prompt_of(6, 1), max_tokens=12))
+    outputs: dict[str, list[TokenOutput]] = {"stops": [], "goes on": []}
+    while not any(output.finish_reason for output in outputs["stops"]):
+        for output in engine.step():
+            outputs[output.request_id].append(output)
+    assert engine.scheduler.get("stops") is None
+    assert_conserved(engine)  # its blocks are free though the step in flight writes to one
+    outputs["goes on"] += run(engine)["goes on"]
+    assert tokens_of(outputs["stops"]) == stream[: stream.index(stop) + 1]
+    assert tokens_of(outputs["goes on"]) == expected(
+        prompt_of(6, 1), SamplingParams(max_tokens=12, ignore_eos=True)
+    )
+    assert engine.num_discarded_tokens == lookahead
+
+
+def test_a_block_freed_under_a_step_in_flight_belongs_to_who_gets_it_next() -> None:
+    engine = make_engine(True, num_blocks=4, max_model_len=16)
+    engine.add(request("gone", prompt_of(13), max_tokens=3))
+    engine.step()
+    engine.abort("gone")
+    engine.add(request("next", prompt_of(12, 1), max_tokens=4))
+    outputs = run(engine)
+    assert set(outputs) == {"next"}
+    assert tokens_of(outputs["next"]) == expected(
+        prompt_of(12, 1), SamplingParams(max_tokens=4, ignore_eos=True)
+    )
+    assert engine.num_discarded_tokens == 1
+
+
+def test_penalties_wait_for_the_last_token_and_only_they_do() -> None:
+    engine = make_engine(True)
+    engine.add(request("free", prompt_of(5), max_tokens=12))
+    engine.add(request("penalised", prompt_of(30, 1), max_tokens=3, frequency_penalty=2.0))
+    outputs = run(engine)
+    waits = [all(row.previous_row < 0 for row in plan.rows) for plan in engine.runner.plans]
+    # the prompt takes three steps; its token and the next two are chosen with the ones before them known
+    assert waits == [True, False, False, True, True] + [False] * (len(waits) - 5)
+    assert tokens_of(outputs["penalised"]) == alone("penalised", 30, 1)[0][:3]
+    assert tokens_of(outputs["free"]) == expected(
+        prompt_of(5), SamplingParams(max_tokens=12, ignore_eos=True)
+    )
+
+
+def test_a_step_that_cannot_be_collected_fails_and_so_does_what_was_launched_on_it(lookahead: bool) -> None:
+    failing = []
+
+    def on_collect() -> None:
+        if failing:
+            raise RuntimeError(failing.pop())
+
+    engine = make_engine(lookahead, on_collect=on_collect, max_num_batched_tokens=8, max_num_seqs=2)
+    engine.add(request("first", prompt_of(8)))
+    engine.add(request("second", prompt_of(4, 1)))
+    engine.add(request("third", prompt_of(4, 2)))
+    if lookahead:
+        engine.step()  # "first" is in flight, and will be under "second"
+    failing.append("injected")
+    failed = engine.step()
+    assert {o.request_id: o.finish_reason for o in failed} == dict.fromkeys(
+        ["first", "second"] if lookahead else ["first"], "error"
+    )
+    assert all("RuntimeError" in (o.error or "") for o in failed)
+    assert engine.num_failed_steps == 1
+    assert_conserved(engine)
+    assert not engine.scheduler.kv.pool._entries  # nothing of a failed step may be found in the cache
+    outputs = run(engine)
+    assert tokens_of(outputs["third"]) == expected(
+        prompt_of(4, 2), SamplingParams(max_tokens=8, ignore_eos=True)
+    )
+    assert engine.num_failed_steps == 0
+
+
+def test_a_request_preempted_under_a_step_in_flight_keeps_the_token_of_that_step() -> None:
+    engine = make_engine(True, num_blocks=6, max_num_batched_tokens=64, max_model_len=24)
+    engine.add(request("a", prompt_of(7), max_tokens=16))
+    engine.add(request("b", prompt_of(7, 1), max_tokens=16))
+    outputs: dict[str, list[TokenOutput]] = {"a": [], "b": []}
+    unknown = []
+    while engine.has_work:
+        preemptions = engine.scheduler.num_preemptions
+        step = engine._collect
+
+        def collect(before: int = preemptions, step: Callable[[], list[TokenOutput]] = step) -> list:
+            if engine.scheduler.num_preemptions > before:
+                unknown.append([r.num_unknown_tokens for r in engine.scheduler.waiting])
+            return step()
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine, "_collect", collect)
+            for output in engine.step():
+                outputs[output.request_id].append(output)
+        assert all(r.num_unknown_tokens == 0 for r in engine.scheduler.waiting)
+    assert [1] in unknown
+    for number, name in enumerate("ab"):
+        wanted = greedy(prompt_of(7, number), 16)
+        assert tokens_of(outputs[name]) == wanted
+
+
+def test_an_engine_whose_requests_are_all_aborted_still_collects() -> None:
+    engine = make_engine(True)
+    engine.add(request("a", prompt_of(5)))
+    engine.step()
+    engine.abort("a")
+    assert (engine.num_requests, engine.has_work) == (0, True)
+    assert engine.step() == []
+    assert not engine.has_work
+    assert engine.num_discarded_tokens == 1
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    requests=st.lists(
+        st.tuples(st.sampled_from([1, 5, 16, 23]), st.integers(0, 2), st.integers(1, 12)),
+        min_size=1,
+        max_size=6,
+    ),
+    temperature=st.sampled_from([0.0, 1.0]),
+)
+def test_both_ways_find_the_same_prefixes_and_tokens(
+    requests: list[tuple[int, int, int]], temperature: float
+) -> None:
+    def serve(lookahead: bool) -> list[tuple[int, list[int]]]:
+        engine = make_engine(lookahead)
+        results = []
+        for number, (length, like, max_tokens) in enumerate(requests):  # one after the other
+            name = f"r{number}"
+            engine.add(
+                request(name, prompt_of(40, like)[:length], max_tokens=max_tokens, temperature=temperature)
+            )
+            outputs = run(engine)[name]
+            results.append((outputs[0].num_cached_tokens, tokens_of(outputs)))
+        return results
+
+    assert serve(True) == serve(False)
 
 
 KINDS: dict[str, dict[str, object]] = {

@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
+from fake_runner import OnDevice, on_device
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
@@ -196,3 +197,39 @@ def test_rows_that_parameters_leave_nothing_have_no_token() -> None:
     first, second = Sampler([]).launch(logits, [ban, make([1], seed=1)]).result()
     assert first == (None, None)
     assert second.token_id is not None
+
+
+def test_launching_looks_at_nothing_on_the_device() -> None:
+    """Greedy and drawn rows, bans and biases, penalties, log-probabilities, a row without a token."""
+    logits = random_logits(6)
+    logits[4, 10] = math.nan
+    requests = [
+        make([1], temperature=0),
+        make([1], seed=1, temperature=0.7, logprobs=2),
+        make([1], seed=2, temperature=0, logit_bias={7: 3.0}, min_tokens=2, logprobs=0),
+        make([1, 2], [3], seed=3, frequency_penalty=1.0, repetition_penalty=1.2),
+        make([1], seed=4, logprobs=2),
+        make([1], seed=5, logprobs=2, temperature=0),
+    ]
+    pending = Sampler([3]).launch(on_device(logits), requests)
+    with pytest.raises(AssertionError, match="waits for the device"):
+        pending.tokens.tolist()
+    with OnDevice.done():
+        samples = pending.result()
+        assert pending.tokens.tolist() == [-1 if s.token_id is None else s.token_id for s in samples]
+    assert samples == Sampler([3]).launch(logits, requests).result()
+    assert [sample.token_id is None for sample in samples] == [False] * 4 + [True, False]
+    assert [sample.logprobs is None for sample in samples] == [True, False, False, True, True, False]
+    for row, request in enumerate(requests):  # and no row depends on its neighbours
+        assert Sampler([3]).launch(logits[row : row + 1], [request]).result() == [samples[row]]
+
+
+def test_scores_of_given_tokens() -> None:
+    logits = random_logits(3)
+    entries = Sampler([]).score(logits, [5, 6, 7], 2).result()
+    wanted = torch.log_softmax(logits.double(), -1)
+    assert [entry.token_id for entry in entries] == [5, 6, 7]
+    for row, entry in enumerate(entries):
+        assert entry.logprob == pytest.approx(float(wanted[row, entry.token_id]), abs=1e-5)
+        assert entry.rank == int((wanted[row] > wanted[row, entry.token_id]).sum()) + 1
+        assert [token for token, _ in entry.top] == wanted[row].topk(2).indices.tolist()
