@@ -217,7 +217,7 @@ class Engine:
             return self._fail(failed, error)
         self.num_failed_steps = 0
         for (request, row, _), entries in zip(step.prompt_scores, scores, strict=True):
-            request.set_prompt_logprobs(row.start, entries)
+            request.add_prompt_logprobs(row.start, entries)
         for request, row in step.scheduled:
             if self.scheduler.holds(request):
                 self.scheduler.collected(request, row)

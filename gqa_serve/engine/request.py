@@ -300,9 +300,8 @@ class Request:
         """Whether prompt log-probabilities are wanted and not complete yet."""
         return self.params.prompt_logprobs is not None and not self.has_output
 
-    def set_prompt_logprobs(self, start: int, entries: Iterable[TokenLogprobs]) -> None:
-        """Those that a row beginning at `start` gave: of the tokens after `start`. After a preemption they
-        come again from the beginning, and replace what there was."""
+    def add_prompt_logprobs(self, start: int, entries: Iterable[TokenLogprobs]) -> None:
+        """Those that a row beginning at `start` gave; after a preemption they come again from the beginning."""
         if start == 0:
             self.prompt_logprobs = [None]
-        self.prompt_logprobs[start + 1 :] = entries
+        self.prompt_logprobs += entries
