@@ -11,6 +11,7 @@ the same; the text depends on the kernels and on the versions named in it, on no
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -169,14 +170,10 @@ def _compile(task: Task) -> Compiled | str:
         return _message(error)
 
 
-_listed: list[Variant] = []
-
-
-def _all_variants() -> list[Variant]:
+@functools.cache
+def _all_variants() -> tuple[Variant, ...]:
     """Listed once per process."""
-    if not _listed:
-        _listed.extend(variants())
-    return _listed
+    return tuple(variants())
 
 
 def _message(error: Exception) -> str:
@@ -195,7 +192,9 @@ def compile_all(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[Task, Compil
             with _pool(jobs) as pool:
                 while waiting or in_flight:
                     while waiting and len(in_flight) < jobs:
-                        in_flight[pool.submit(_compile, waiting[-1])] = waiting.pop()
+                        task = waiting[-1]
+                        in_flight[pool.submit(_compile, task)] = task
+                        waiting.pop()
                     for future in wait(in_flight, return_when=FIRST_COMPLETED).done:
                         result = future.result()
                         yield in_flight.pop(future), result
