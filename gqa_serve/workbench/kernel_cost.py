@@ -255,7 +255,7 @@ def linear(
 
 
 def product_splits(num_tokens: int, inputs: int, outputs: int, weights: WeightFormat) -> int:
-    """Parts of a product of quantized weights: enough to fill a GPU; kernels/triton/quantized_linear.py chooses."""
+    """Parts of a product of int8 or int4 weights, enough to fill a GPU; quantized_linear.py chooses."""
     if not weights.group_size or num_tokens > 64:
         return 1
     steps = -(-inputs // (weights.group_size * 8 // weights.bits))

@@ -105,7 +105,7 @@ def decode_step(
 
 
 def weight_bytes(config: ModelConfig, formats: Formats = DEFAULT) -> int:
-    """Memory of the matrices; an untied vocabulary has an embedding beside the head, as wide as activations."""
+    """Memory of the matrices; an untied embedding is as wide as activations."""
     hidden, q_size = config.hidden_size, config.num_heads * config.head_dim
     kv_size = config.num_kv_heads * config.head_dim
     matrix = formats.weights.matrix_bytes

@@ -51,9 +51,9 @@ def test_one_decode_step_of_llama_3_8b_by_hand() -> None:
     """Batch 1, context 2,048, bf16: every number below was worked out with pencil from the shapes."""
     cost = decode_step(LLAMA_3_8B, 1, 2048)
 
-    # K and V: 2 * 8 heads * 128 numbers * 2 bytes = 4,096 bytes per token; 2,048 tokens; 128 block ids; q and out.
-    # The kernel: 8 splits, so q 7 times more and the ids for 7 heads more (from L2), and 8 partial results
-    # of 32 heads * (128 + 2) float32, written and read.
+    # K and V: 2 * 8 heads * 128 numbers * 2 bytes = 4,096 bytes a token; 2,048 tokens; 128 ids; q and out.
+    # The kernel: 8 splits, so q 7 times more and the ids for 7 heads more (from L2), and 8 partial results of
+    # 32 heads * (128 + 2) float32, written and read.
     attention = cost.parts["decode attention"]
     assert attention.must_bytes == 32 * (8_388_608 + 512 + 16_384)
     assert attention.cached_bytes == 32 * (7 * 8_192 + 7 * 512)

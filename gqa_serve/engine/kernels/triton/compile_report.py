@@ -100,8 +100,8 @@ INTRODUCTION = """\
 # The CUDA kernels, compiled
 
 Every kernel of `gqa_serve/engine/kernels/triton/` in every form that the engine launches, compiled ahead of
-time for {targets} by Triton {version}. Nothing here was run: this is what the compiler and the assembler say.
-Made by `make compile-report`, which ends with an error where a variant does not compile, where a block needs
+time for {targets} by Triton {version}.
+Nothing here was run: this is what the compiler and the assembler say. Made by `make compile-report`, which ends with an error where a variant does not compile, where a block needs
 more shared memory than the GPU has, or where the decode kernel spills a register;
 `tests/engine/kernels/test_compile_report.py` compiles a sample anew and compares.
 
@@ -145,7 +145,9 @@ def _summary(rows: Sequence[Row]) -> str:
     for row in rows:
         if isinstance(row.result, Compiled):
             groups.setdefault((row.variant.kernel.__name__, row.target), []).append(row.result)
-    for (kernel, target), results in groups.items():
+    order = list(dict.fromkeys(kernel for kernel, _ in groups))
+    for kernel, target in sorted(groups, key=lambda group: (order.index(group[0]), group[1])):
+        results = groups[kernel, target]
         used = dict.fromkeys(name for result in results for name in result.instructions)
         cells = [
             kernel,
@@ -245,18 +247,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results: dict[Task, Compiled | str] = {}
     for task, result in compile_all(tasks, args.jobs):
         results[task] = result
-        variant = _all_variants()[task[0]]
-        end = "\r" if sys.stderr.isatty() else "\n"
-        print(f"\033[K[{len(results)}/{len(tasks)}] sm_{task[1]} {variant}"[:100], end=end, file=sys.stderr)
+        _progress(f"[{len(results)}/{len(tasks)}] sm_{task[1]} {_all_variants()[task[0]]}")
     rows = [Row(_all_variants()[index], target, results[index, target]) for index, target in tasks]
-    text = render(rows)
     if args.output:
-        args.output.write_text(text, encoding="utf-8")
+        args.output.write_text(render(rows), encoding="utf-8")
     else:
-        print(text)
+        print(render(rows))
     problems = [problem for row in rows if (problem := row.problem())]
-    print(f"\033[K{len(rows)} compilations, {len(problems)} problems", *problems, sep="\n", file=sys.stderr)
+    _progress("")
+    print(f"{len(rows)} compilations, {len(problems)} problems", *problems, sep="\n", file=sys.stderr)
     return 1 if problems or not rows else 0
+
+
+def _progress(text: str) -> None:
+    """One line that is written over, where somebody watches."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text[:100]}", end="", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
