@@ -13,12 +13,13 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import cpu_count, get_context
 from pathlib import Path
+from typing import Any
 
 import triton
 
@@ -27,7 +28,6 @@ from gqa_serve.engine.kernels.triton.variants import MODULES, TARGETS, Variant, 
 
 NO_SPILLS = ("decode_attention",)  # files whose kernels must keep everything in registers
 TENSOR_CORES = ("mma", "wgmma", "tcgen05")
-ASYNC_COPIES = ("cp.async", "TMA")
 GPUS = {80: "A100", 90: "H100, H200", 100: "B200"}
 
 Task = tuple[int, int]
@@ -69,14 +69,14 @@ class Row:
             f"{it.shared_bytes / KIB:.1f}" if it.fits else f"**{it.shared_bytes / KIB:.1f}**",
             str(it.blocks_per_sm),
             _counts({name: it.instructions.get(name, 0) for name in TENSOR_CORES}),
-            _counts({name: it.instructions.get(name, 0) for name in ASYNC_COPIES}),
+            _counts({"TMA": it.instructions.get("TMA", 0), **it.copy_bytes}),
             str(it.instructions.get("ldmatrix", 0)),
             _counts(it.load_bytes),
         ]
         return f"| {' | '.join(cells)} |"
 
 
-def _counts(counts: Mapping[str, int] | Mapping[int, int]) -> str:
+def _counts(counts: Mapping[Any, int]) -> str:
     """ "16 x 8, 4 x 2": each key that occurs, and how often."""
     return ", ".join(f"{key} × {count}" for key, count in counts.items() if count) or "-"
 
@@ -99,19 +99,20 @@ HEADER = f"| {' | '.join(COLUMNS)} |\n|{'|'.join(COLUMNS.values())}|"
 INTRODUCTION = """\
 # The CUDA kernels, compiled
 
-Every kernel of `gqa_serve/engine/kernels/triton/` in every form that the engine launches, compiled ahead of
-time for {targets} by Triton {version}.
-Nothing here was run: this is what the compiler and the assembler say. Made by `make compile-report`, which ends with an error where a variant does not compile, where a block needs
-more shared memory than the GPU has, or where the decode kernel spills a register;
-`tests/engine/kernels/test_compile_report.py` compiles a sample anew and compares.
+Every kernel of `gqa_serve/engine/kernels/triton/` in every form that the engine launches, compiled for
+{targets} by Triton {version}.
+Nothing here was run: this is what the compiler and the assembler say. Made by `make compile-report`, which
+ends with an error where a variant does not compile, where a block needs more shared memory than the GPU has,
+or where the decode kernel spills a register; `tests/engine/kernels/test_compile_report.py` compiles a sample
+anew and compares.
 
 * registers, spilled: per thread, from `ptxas -v`; spilled counts bytes stored plus bytes loaded.
 * shared KiB: of one block. It may have {limits}.
 * blocks / SM: how many blocks a multiprocessor holds at once by registers, shared memory and warps.
 * tensor cores: places in the code that multiply on them: `mma` (Ampere's instruction, on any of them),
-  `wgmma` (Hopper), `tcgen05` (Blackwell). async copies: from global to shared memory past the registers, by
-  `cp.async` or by the TMA. loads: other loads from global memory by bytes per thread (16 × 8 = eight of 16
-  bytes).
+  `wgmma` (Hopper), `tcgen05` (Blackwell).
+* async copies, loads: places that read global memory into shared memory past the registers, and into
+  registers, by the bytes that one thread reads at once (16 × 8 = eight places of 16 bytes).
 """
 
 
@@ -148,7 +149,8 @@ def _summary(rows: Sequence[Row]) -> str:
     order = list(dict.fromkeys(kernel for kernel, _ in groups))
     for kernel, target in sorted(groups, key=lambda group: (order.index(group[0]), group[1])):
         results = groups[kernel, target]
-        used = dict.fromkeys(name for result in results for name in result.instructions)
+        used = {name for result in results for name in result.instructions}
+        widths = {width for result in results for width in result.copy_bytes}
         cells = [
             kernel,
             str(target),
@@ -157,7 +159,7 @@ def _summary(rows: Sequence[Row]) -> str:
             str(sum(result.spill_bytes > 0 for result in results)),
             f"{max(result.shared_bytes for result in results) / KIB:.1f}",
             ", ".join(name for name in TENSOR_CORES if name in used) or "-",
-            ", ".join(name for name in ASYNC_COPIES if name in used) or "-",
+            ", ".join(f"{width} bytes" for width in sorted(widths, reverse=True)) or "-",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
@@ -185,7 +187,9 @@ def _message(error: Exception) -> str:
     return " / ".join(dict.fromkeys(of_ptxas[:3] or [lines[0], lines[-1]]))
 
 
-def compile_all(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[Task, Compiled | str]]:
+def compile_all(
+    tasks: Sequence[Task], jobs: int, work: Callable[[Task], Compiled | str] = _compile
+) -> Iterator[tuple[Task, Compiled | str]]:
     """Results as they come. If a worker dies, all that it may have been at is tried again, one by one."""
     waiting = list(reversed(tasks))
     while waiting:
@@ -195,20 +199,20 @@ def compile_all(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[Task, Compil
                 while waiting or in_flight:
                     while waiting and len(in_flight) < jobs:
                         task = waiting[-1]
-                        in_flight[pool.submit(_compile, task)] = task
+                        in_flight[pool.submit(work, task)] = task
                         waiting.pop()
                     for future in wait(in_flight, return_when=FIRST_COMPLETED).done:
                         result = future.result()
                         yield in_flight.pop(future), result
         except BrokenProcessPool:
             for task in in_flight.values():
-                yield task, _compile_alone(task)
+                yield task, _alone(task, work)
 
 
-def _compile_alone(task: Task) -> Compiled | str:
+def _alone(task: Task, work: Callable[[Task], Compiled | str]) -> Compiled | str:
     try:
         with _pool(1) as pool:
-            return pool.submit(_compile, task).result()
+            return pool.submit(work, task).result()
     except BrokenProcessPool:
         return "the compiler's process died"
 
