@@ -1,4 +1,4 @@
-"""Kernels that a compile report must tell apart: a good one, one that spills, one too large, one that is wrong.
+"""Kernels that a compile report must tell apart: good ones, one that spills, one too large, one wrong.
 
 Run as a program, without TRITON_INTERPRET, it compiles each and prints what was found as JSON.
 """
@@ -54,7 +54,7 @@ CASES = {
     "copy, any size": copying(size="i32"),
     "copy from anywhere": copying(source="*bf16:1"),
     "square": squaring(64, num_warps=4, num_stages=2),
-    "spilling": squaring(128, num_warps=1, num_stages=1),
+    "spilling": squaring(128, num_warps=2, num_stages=1),
     "too large": squaring(128, num_warps=4, num_stages=8),
 }
 

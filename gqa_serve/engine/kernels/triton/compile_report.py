@@ -247,6 +247,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if triton.knobs.runtime.interpret:
         parser.error("Triton interprets; unset TRITON_INTERPRET to compile.")
+    if args.output and (args.only or args.sample):
+        parser.error("--output is for the whole report; without it, a part is printed.")
     tasks = choose(args)
     results: dict[Task, Compiled | str] = {}
     for task, result in compile_all(tasks, args.jobs):

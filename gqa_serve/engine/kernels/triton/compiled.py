@@ -65,8 +65,8 @@ class Compiled:
 
     `registers` are per thread, spills and stack per thread too, in bytes; `shared_bytes` per block; `warps`
     is what a block has in the end (the compiler adds some where it gives copying and multiplying to different
-    warps). `instructions` counts places in the code, not executions; `copy_bytes` and `load_bytes` map the width of a load
-    from global memory, per thread, to how many there are.
+    warps). `instructions` counts places in the code, not executions; `copy_bytes` and `load_bytes` map the
+    width of a load from global memory, per thread, to how many there are.
     """
 
     target: int
