@@ -79,7 +79,7 @@ class EngineConfig:
         "auto",
         "precision of K and V; auto: bfloat16 if the checkpoint is, else float32; reference: as its weights",
         "memory",
-        choices=("auto", "float32", "bfloat16", "float16", "int8"),
+        choices=("auto", "float32", "bfloat16", "float16", "int8", "fp8"),
     )
     kv_cache_memory: int | None = setting(
         None,

@@ -45,6 +45,9 @@ def test_what_is_reported(path: Path) -> None:
     assert info.num_blocks * info.block_size * info.kv_bytes_per_token == 2**20
     info = runner(path, dtype="bfloat16").info
     assert (info.dtype, info.kv_dtype) == ("bfloat16", "bfloat16")
+    for kv_dtype in ("int8", "fp8"):
+        info = runner(path, kv_cache_dtype=kv_dtype).info
+        assert (info.kv_dtype, info.kv_bytes_per_token) == (kv_dtype, 2 * 4 * 2 * (16 + 4))
 
 
 def test_the_cache_and_its_account_are_the_backends(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 EXTENSION = "gqa_serve.engine.kernels.cpu._native"
 _CURE = "if it was not built, install gqa-serve again where there is a C++20 compiler (g++ 12 or clang++)"
-_NATIVE_ONLY = ("int8", "int4")  # of --quantization and --kv-cache-dtype
+_NATIVE_ONLY = ("int8", "int4")  # of --quantization
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,6 @@ def create_backend(device: torch.device, options: BackendOptions) -> Backend:
             raise ConfigError(f"{reason}, or use --backend reference.") from error
         for flag, value, native_only in (
             ("--quantization", options.quantization, options.quantization in _NATIVE_ONLY),
-            ("--kv-cache-dtype", options.kv_cache_dtype, options.kv_cache_dtype in _NATIVE_ONLY),
             ("--cpu-isa", options.cpu_isa, options.cpu_isa != "auto"),
         ):
             if native_only:
@@ -94,10 +93,10 @@ def _native(options: BackendOptions) -> Backend:
         exact = options.quantization == "none" or options.checkpoint_dtype is not None
         wide = exact and options.quantization not in _NATIVE_ONLY and options.checkpoint_dtype != "bfloat16"
         kv_dtype = "float32" if wide else "bfloat16"
-    if kv_dtype == "float16":
+    if kv_dtype in ("float16", "fp8"):
         raise ConfigError(
-            "--kv-cache-dtype float16 is not served by the native backend; use float32, bfloat16 or int8, "
-            "or --backend reference."
+            f"--kv-cache-dtype {kv_dtype} is not served by the native backend; use float32, bfloat16 or "
+            "int8, or --backend reference."
         )
     try:
         return CpuBackend(
@@ -112,21 +111,23 @@ def _native(options: BackendOptions) -> Backend:
 
 
 def _reference(device: torch.device, options: BackendOptions) -> Backend:
-    """One dtype for weights and activations; auto is the checkpoint's, on a CPU float32, which is faster."""
+    """One dtype for weights and activations; auto is the checkpoint's, on a CPU float32, which is faster.
+
+    K and V in any format, by default in that dtype.
+    """
     import torch
 
     from gqa_serve.engine.backends.reference import ReferenceBackend
+    from gqa_serve.engine.kv_cache import KV_DTYPES
 
-    for flag, value, use in (
-        ("--quantization", options.quantization, "none"),
-        ("--kv-cache-dtype", options.kv_cache_dtype, "auto"),
-    ):
-        if value in _NATIVE_ONLY:
-            where = "--backend reference" if device.type == "cpu" else f"--device {device.type}"
-            cure = "" if device.type == "cpu" else " or --device cpu"
-            raise ConfigError(f"{where} does not serve {flag} {value}; use {flag} {use}{cure}.")
+    if options.quantization in _NATIVE_ONLY:
+        where = "--backend reference" if device.type == "cpu" else f"--device {device.type}"
+        cure = "" if device.type == "cpu" else " or --device cpu"
+        raise ConfigError(
+            f"{where} does not serve --quantization {options.quantization}; use --quantization none{cure}."
+        )
     dtype = options.dtype
     if dtype == "auto":
         dtype = "float32" if device.type == "cpu" else options.checkpoint_dtype or "float32"
     kv_dtype = dtype if options.kv_cache_dtype == "auto" else options.kv_cache_dtype
-    return ReferenceBackend(device, getattr(torch, dtype), getattr(torch, kv_dtype))
+    return ReferenceBackend(device, getattr(torch, dtype), KV_DTYPES[kv_dtype])

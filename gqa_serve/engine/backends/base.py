@@ -125,8 +125,8 @@ class AttentionStep(ABC):
 class Backend(ABC):
     """A set of kernels on one kind of device.
 
-    `kv_dtype` is how the KV cache holds numbers ("float32", "bfloat16", "float16", "int8"); `block_multiple`
-    divides every block size that the backend serves.
+    `kv_dtype` is how the KV cache holds numbers ("float32", "bfloat16", "float16", "int8", "fp8");
+    `block_multiple` divides every block size that the backend serves.
     """
 
     name: str

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from gqa_serve.engine.backends.base import AttentionLayout, AttentionStep, Backend, Linear, Packed, Role
 from gqa_serve.engine.backends.reference_attention import ReferenceAttentionStep
-from gqa_serve.engine.kv_cache import KVCache, TensorKVCache
+from gqa_serve.engine.kv_cache import KV_DTYPES, KVCache, TensorKVCache
 
 if TYPE_CHECKING:
     from gqa_serve.engine.batch import ForwardBatch
@@ -70,7 +70,7 @@ class ReferenceBackend(Backend):
         self.device = device
         self.dtype = dtype
         self.cache_dtype = kv_dtype or dtype
-        self.kv_dtype = dtype_name(self.cache_dtype)
+        self.kv_dtype = next(name for name, held in KV_DTYPES.items() if held == self.cache_dtype)
         # CPU matrix libraries multiply few rows by a tall weight much faster as weight times columns.
         self.columns = device.type == "cpu"
         # As tensors, because a Python number costs an operation of its own to become one.
@@ -86,7 +86,7 @@ class ReferenceBackend(Backend):
         return ReferenceLinear(weight, None if bias is None else bias.to(self.dtype), self.columns)
 
     def block_bytes(self, config: ModelConfig, block_size: int) -> int:
-        return block_size * config.kv_bytes_per_token(self.cache_dtype.itemsize)
+        return TensorKVCache.block_bytes(config, block_size, self.cache_dtype)
 
     def allocate_cache(self, config: ModelConfig, num_blocks: int, block_size: int) -> KVCache:
         return TensorKVCache.allocate(config, num_blocks, block_size, self.cache_dtype, self.device)

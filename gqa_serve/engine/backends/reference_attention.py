@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from gqa_serve.engine.backends.base import AttentionLayout, AttentionStep, HeadNorms
+from gqa_serve.engine.kv_cache import dequantize_kv, quantize_kv
 
 if TYPE_CHECKING:
     from gqa_serve.engine.batch import ForwardBatch
@@ -94,6 +95,7 @@ class ReferenceAttentionStep(AttentionStep):
         rms_norm: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor],
     ) -> None:
         self.cache = cache
+        self.dtype = dtype
         self.cache_dtype = cache.k[0].dtype
         self.layout = layout
         self.rms_norm = rms_norm
@@ -115,15 +117,26 @@ class ReferenceAttentionStep(AttentionStep):
         if angles is not None:
             qk = _rotate(qk, *angles)
         q, k = qk.split_with_sizes((self.layout.num_heads, self.layout.num_kv_heads), 1)
-        k, v = k.to(self.cache_dtype), v.to(self.cache_dtype)
+        held = self.cache.layer(layer)
+        self._write(held.k, held.k_scale, k)
+        self._write(held.v, held.v_scale, v)
+        return q
+
+    def _write(self, target: torch.Tensor, scales: torch.Tensor | None, x: torch.Tensor) -> None:
+        """x [T, KV, D] into the slots of the new tokens; `target` and `scales` as `LayerKV` has them."""
+        where = (self.blocks, self.offsets)
+        if scales is not None:
+            x, scale = quantize_kv(x, self.cache_dtype)
+            scales.transpose(1, 2).index_put_(where, scale)  # view [num_blocks, block_size, KV]
+        else:
+            x = x.to(self.cache_dtype)
         if self.clamp:
             # A float16 overflow must not reach the request that owns the block next: a masked NaN is still a
             # NaN after the product with its zero weight.
-            k, v = k.nan_to_num(), v.nan_to_num()
-        where = (self.blocks, self.offsets)
-        self.cache.k[layer].transpose(1, 2).index_put_(where, k)  # view [num_blocks, block_size, KV, D]
-        self.cache.v[layer].transpose(1, 2).index_put_(where, v)
-        return q
+            x = x.nan_to_num()
+        if target.dtype.itemsize == 1:  # torch moves bytes where it has no operations on float8
+            target, x = target.view(torch.uint8), x.view(torch.uint8)
+        target.transpose(1, 2).index_put_(where, x)  # view [num_blocks, block_size, KV, D]
 
     def _normalize(self, qk: torch.Tensor, norms: HeadNorms) -> torch.Tensor:
         """qk [T, H + KV, D] -> the same, normed."""
@@ -149,11 +162,20 @@ class ReferenceAttentionStep(AttentionStep):
 
     def _gather(self, layer: int, piece: _Piece) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of the piece's blocks, in order of position: [requests, KV, gathered context, D] each."""
-        block_row = (-1, self.cache.block_size * self.layout.head_dim)  # of [num_blocks * KV, block_size * D]
         shape = (piece.num_requests, self.layout.num_kv_heads, -1, self.layout.head_dim)
-        k = self.cache.k[layer].view(block_row).index_select(0, piece.gather).view(shape)
-        v = self.cache.v[layer].view(block_row).index_select(0, piece.gather).view(shape)
-        return k, v
+
+        def gather(source: torch.Tensor) -> torch.Tensor:
+            rows = source.view(source.shape[0] * source.shape[1], -1)  # [num_blocks * KV, block_size * D]
+            return rows.index_select(0, piece.gather)
+
+        def read(source: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
+            if scales is None:
+                return gather(source).view(shape)
+            numbers = gather(source.view(torch.uint8)).view(source.dtype).view(shape)
+            return dequantize_kv(numbers, gather(scales).view(shape[:3]), self.dtype)
+
+        held = self.cache.layer(layer)
+        return read(held.k, held.k_scale), read(held.v, held.v_scale)
 
     def _compute(self, piece: _Piece, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """q [rows of the piece, H, D] -> [rows, H * D]; k and v as `_gather` returns them."""

@@ -68,9 +68,11 @@ def test_natives_cache(
     assert native(monkeypatch, **options)["kv_dtype"] == kv_dtype
 
 
-def test_native_has_no_float16_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="use float32, bfloat16 or int8, or --backend reference"):
-        native(monkeypatch, kv_cache_dtype="float16")
+@pytest.mark.parametrize("asked", ["float16", "fp8"])
+def test_formats_that_native_has_no_cache_in(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    says = f"--kv-cache-dtype {asked} is not .* use float32, bfloat16 or int8, or --backend reference"
+    with pytest.raises(ConfigError, match=says):
+        native(monkeypatch, kv_cache_dtype=asked)
 
 
 def test_an_instruction_set_that_this_cpu_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,9 +90,12 @@ def test_an_instruction_set_that_this_cpu_lacks(monkeypatch: pytest.MonkeyPatch)
         (CPU, {"backend": "reference", "checkpoint_dtype": "bfloat16"}, torch.float32, "float32"),
         (CPU, {"backend": "reference", "dtype": "bfloat16"}, torch.bfloat16, "bfloat16"),
         (CPU, {"backend": "reference", "kv_cache_dtype": "float16"}, torch.float32, "float16"),
+        (CPU, {"backend": "reference", "kv_cache_dtype": "int8"}, torch.float32, "int8"),
+        (CPU, {"backend": "reference", "kv_cache_dtype": "fp8"}, torch.float32, "fp8"),
         (CPU, {"backend": "reference", "quantization": "none"}, torch.float32, "float32"),
         (CUDA, {"checkpoint_dtype": "bfloat16"}, torch.bfloat16, "bfloat16"),
         (CUDA, {}, torch.float32, "float32"),
+        (CUDA, {"checkpoint_dtype": "bfloat16", "kv_cache_dtype": "fp8"}, torch.bfloat16, "fp8"),
         (CUDA, {"backend": "reference", "dtype": "float16"}, torch.float16, "float16"),
     ],
 )
@@ -103,7 +108,8 @@ def test_the_references_precision(
 
 @pytest.mark.usefixtures("no_native")
 def test_without_kernels_the_reference_serves_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
-    reference(checkpoint_dtype="bfloat16")
+    backend = reference(checkpoint_dtype="bfloat16", kv_cache_dtype="int8")
+    assert backend.kv_dtype == "int8"
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert "(the kernels are not there)" in record.message
@@ -128,14 +134,12 @@ def test_a_module_that_cannot_be_imported_counts_as_not_there(
             r"cannot run here \(the kernels are not there\).* --backend reference\.",
         ),
         (CPU, {"quantization": "int8"}, r"--quantization int8 needs the native backend\. .*compiler"),
-        (CPU, {"kv_cache_dtype": "int8"}, r"--kv-cache-dtype int8 needs the native backend"),
         (CUDA, {"backend": "native"}, "runs on CPUs, not on cuda; use --device cpu or --backend reference"),
         (
             CPU,
             {"backend": "reference", "quantization": "int4"},
             "--backend reference does not serve --quantization int4; use --quantization none",
         ),
-        (CPU, {"backend": "reference", "kv_cache_dtype": "int8"}, "use --kv-cache-dtype auto"),
         (CPU, {"cpu_isa": "avx2"}, "--cpu-isa avx2 needs the native backend"),
         (CPU, {"backend": "reference", "cpu_isa": "avx2"}, "--cpu-isa avx2 is for the native backend"),
         (CUDA, {"quantization": "int8"}, "--device cuda .*; use --quantization none or --device cpu"),

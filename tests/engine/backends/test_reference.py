@@ -17,7 +17,7 @@ from gqa_serve.engine.backends import reference_attention
 from gqa_serve.engine.backends.base import AttentionLayout, AttentionStep, HeadNorms
 from gqa_serve.engine.backends.reference import ReferenceBackend
 from gqa_serve.engine.batch import ForwardBatch, PlanRow, StepPlan
-from gqa_serve.engine.kv_cache import TensorKVCache
+from gqa_serve.engine.kv_cache import LARGEST, TensorKVCache, dequantize_kv, quantize_kv
 from gqa_serve.engine.model_config import RopeConfig
 from gqa_serve.engine.rope import Rotary
 
@@ -74,17 +74,21 @@ class Case:
         """A step over a cache that holds the computed tokens, and garbage everywhere else."""
         shape = (self.num_blocks, self.num_kv_heads, self.block_size, self.head_dim)
         kv_dtype = self.kv_dtype or self.dtype
+        quantized = kv_dtype in LARGEST
+        k_cache, v_cache = (torch.full(shape, 100.0).to(kv_dtype) for _ in range(2))
+        scales = [torch.full(shape[:3], 100.0)] if quantized else None
         cache = TensorKVCache(
-            [torch.full(shape, 1e4, dtype=kv_dtype)],
-            [torch.full(shape, 1e4, dtype=kv_dtype)],
-            self.block_size,
-            self.num_blocks,
+            [k_cache], [v_cache], self.block_size, self.num_blocks, scales, scales and [scales[0].clone()]
         )
-        for (computed, _), blocks, k, v in zip(self.requests, self.blocks, self.k, self.v, strict=True):
+        for (computed, _), blocks, *kv in zip(self.requests, self.blocks, self.k, self.v, strict=True):
             for position in range(computed):
                 block, offset = blocks[position // self.block_size], position % self.block_size
-                cache.k[0][block, :, offset] = k[position]
-                cache.v[0][block, :, offset] = v[position]
+                held = cache.layer(0)
+                for numbers, scale, x in ((held.k, held.k_scale, kv[0]), (held.v, held.v_scale, kv[1])):
+                    written = x[position].to(kv_dtype)
+                    if scale is not None:
+                        written, scale[block, :, offset] = quantize_kv(x[position], kv_dtype)
+                    numbers[block, :, offset] = written
         rows = [
             PlanRow([0] * new, computed, blocks, 0)
             for (computed, new), blocks in zip(self.requests, self.blocks, strict=True)
@@ -104,10 +108,17 @@ class Case:
         step = self.prepare()
         return step.attend(0, step.rotate_and_write(0, self.new_qkv(), None))
 
+    def held(self, x: torch.Tensor) -> torch.Tensor:
+        """K or V [tokens, KV, D] as a quantized cache has it."""
+        if self.kv_dtype not in LARGEST:
+            return x
+        return dequantize_kv(*quantize_kv(x, self.kv_dtype), torch.float32)
+
     def expected(self) -> torch.Tensor:
         """Each query head by itself, float64, [T, H * D]."""
         layout, outs = self.layout(), []
-        for (computed, new), q, k, v in zip(self.requests, self.q, self.k, self.v, strict=True):
+        k_held, v_held = map(self.held, self.k), map(self.held, self.v)
+        for (computed, new), q, k, v in zip(self.requests, self.q, k_held, v_held, strict=True):
             query_positions = torch.arange(computed, computed + new)[:, None]
             key_positions = torch.arange(computed + new)[None]
             seen = key_positions <= query_positions
@@ -125,7 +136,7 @@ class Case:
         return torch.cat(outs)
 
     def check(self) -> None:
-        exact = self.dtype == torch.float32 and self.kv_dtype in (None, torch.float32)
+        exact = self.dtype == torch.float32 and self.kv_dtype in (None, torch.float32, *LARGEST)
         tolerance = 2e-5 if exact else 3e-2
         torch.testing.assert_close(self.run().double(), self.expected(), atol=tolerance, rtol=tolerance)
 
@@ -137,6 +148,14 @@ RAGGED = [(0, 7), (20, 1), (33, 5), (0, 1), (47, 1), (15, 1), (5, 30)]
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
 def test_every_group_size_and_head_dim(group_size: int, head_dim: int) -> None:
     Case(RAGGED, group_size=group_size, head_dim=head_dim).check()
+
+
+@pytest.mark.parametrize("kv_dtype", LARGEST)
+@pytest.mark.parametrize("window", [None, 5])
+def test_quantized_caches(window: int | None, kv_dtype: torch.dtype) -> None:
+    """As exact as float caches, once K and V are what the cache holds."""
+    Case(RAGGED, kv_dtype=kv_dtype, window=window).check()
+    Case([(50, 1)], kv_dtype=kv_dtype, window=window, head_dim=80, soft_cap=2.0).check()
 
 
 @pytest.mark.parametrize("soft_cap", [None, 1.5])
@@ -162,7 +181,7 @@ def test_every_block_size_window_and_soft_cap(
     window=st.one_of(st.none(), st.integers(1, 70)),
     soft_cap=st.sampled_from([None, None, 4.0]),
     dtype=st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16]),
-    kv_dtype=st.sampled_from([None, None, torch.float32, torch.bfloat16, torch.float16]),
+    kv_dtype=st.sampled_from([None, None, torch.float32, torch.bfloat16, torch.float16, *LARGEST]),
     seed=st.integers(0, 9),
 )
 def test_random_shapes(**fields: Any) -> None:
@@ -243,14 +262,15 @@ def test_keys_and_values_are_read_once_per_group(
     assert scores_and_queries < once * case.group_size, "the bound would allow an expansion to query heads"
 
 
-def test_float16_overflow_does_not_reach_the_next_owner_of_a_block() -> None:
-    case = Case([(4, 1), (20, 1)], dtype=torch.float16)
+@pytest.mark.parametrize("kv_dtype", [torch.float16, *LARGEST])
+def test_float16_overflow_does_not_reach_the_next_owner_of_a_block(kv_dtype: torch.dtype) -> None:
+    case = Case([(4, 1), (20, 1)], dtype=torch.float16, kv_dtype=kv_dtype)
     case.k[0][4] = torch.inf
     case.v[0][4] = torch.nan
     step = case.prepare()
     step.rotate_and_write(0, case.new_qkv(), None)
-    for tensor in (*step.cache.k, *step.cache.v):  # type: ignore[attr-defined]
-        assert tensor.isfinite().all()
+    for tensor in step.cache.layer(0):  # type: ignore[attr-defined]
+        assert tensor is None or tensor.float().isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
