@@ -121,7 +121,7 @@ def format_table() -> str:
     """The same step with weights and KV cache in fewer bits."""
     rows = []
     for weights, kv in [(BF16, KV_BF16), (BF16, KV_FP8), (FP8, KV_FP8), (INT8, KV_INT8), (INT4, KV_INT8)]:
-        formats = Formats(weights, kv=kv)
+        formats = Formats.quantized(weights, kv)
         sizes = (weight_bytes(LLAMA_3_8B, formats), kv_bytes(LLAMA_3_8B, 32 * CONTEXT_LEN, formats))
         times = (decode_step(LLAMA_3_8B, size, CONTEXT_LEN, formats).seconds(H100) for size in (1, 32))
         rows.append(

@@ -49,7 +49,7 @@ class WeightFormat:
 BF16 = WeightFormat("bf16", 16, 0, 0)
 FP8 = WeightFormat("fp8", 8, 0, 4, precision="fp8", quantizes_inputs=True)
 INT8 = WeightFormat("int8", 8, 128, 2)
-INT4 = WeightFormat("int4", 4, 128, 4)  # scale and zero point
+INT4 = WeightFormat("int4", 4, 32, 4)  # scale and minimum
 WEIGHTS = (BF16, FP8, INT8, INT4)
 
 
@@ -121,13 +121,18 @@ class Heads:
 
 @dataclass(frozen=True)
 class Formats:
-    """How numbers are held: linear layers, vocabulary matrix, KV cache, activations (bytes per number)."""
+    """How numbers are held: linear layers, vocabulary matrices, KV cache, activations (bytes per number)."""
 
     weights: WeightFormat = BF16
     head: WeightFormat = BF16
     kv: KVFormat = KV_BF16
     activation_bytes: int = 2
     block_size: int = 16
+
+    @classmethod
+    def quantized(cls, weights: WeightFormat, kv: KVFormat = KV_BF16) -> Formats:
+        """As --quantization: with layers in fewer bits, vocabulary matrices are in int8."""
+        return cls(weights, head=BF16 if weights is BF16 else INT8, kv=kv)
 
 
 DEFAULT = Formats()

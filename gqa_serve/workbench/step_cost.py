@@ -87,6 +87,9 @@ def step(
         "logits": logits(rows, config, formats),
         "sample": sample(rows, config.vocab_size),
     }
+    if config.qk_norm == "full":
+        parts["q norm"] = rms_norm(tokens, q_size, formats).times(layers)
+        parts["k norm"] = rms_norm(tokens, kv_size, formats).times(layers)
     if post_norms:
         parts["post norms"] = rms_norm(tokens, hidden, formats).times(2 * layers)
     return StepCost(parts)
@@ -105,14 +108,14 @@ def decode_step(
 
 
 def weight_bytes(config: ModelConfig, formats: Formats = DEFAULT) -> int:
-    """Memory of the matrices; an untied embedding is as wide as activations."""
+    """Memory of the matrices: layers, output head, and the embedding where it is not tied to that."""
     hidden, q_size = config.hidden_size, config.num_heads * config.head_dim
     kv_size = config.num_kv_heads * config.head_dim
     matrix = formats.weights.matrix_bytes
     layer = matrix(q_size + 2 * kv_size, hidden) + matrix(hidden, q_size)
     layer += matrix(2 * config.intermediate_size, hidden) + matrix(hidden, config.intermediate_size)
-    embedding = 0 if config.tie_embeddings else config.vocab_size * hidden * formats.activation_bytes
-    return config.num_layers * layer + formats.head.matrix_bytes(config.vocab_size, hidden) + embedding
+    vocabulary = formats.head.matrix_bytes(config.vocab_size, hidden)
+    return config.num_layers * layer + vocabulary * (1 if config.tie_embeddings else 2)
 
 
 def kv_bytes(config: ModelConfig, num_tokens: int, formats: Formats = DEFAULT) -> int:

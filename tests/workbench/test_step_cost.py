@@ -206,7 +206,11 @@ def test_weight_formats() -> None:
     assert BF16.matrix_bytes(4096, 4096) == 2 * 4096 * 4096
     assert FP8.matrix_bytes(4096, 4096) == 4096 * 4096 + 4 * 4096  # a float32 per output
     assert INT8.matrix_bytes(4096, 4096) == 4096 * 4096 + 2 * 32 * 4096  # two bytes per 128 inputs
-    assert INT4.matrix_bytes(4096, 4096) == 4096 * 4096 // 2 + 4 * 32 * 4096
+    assert INT4.matrix_bytes(4096, 4096) == 4096 * 4096 // 2 + 4 * 128 * 4096  # scale and minimum per 32
+    assert Formats.quantized(INT4).head is INT8
+    tied = replace(LLAMA_3_8B, tie_embeddings=True)
+    difference = weight_bytes(LLAMA_3_8B) - weight_bytes(tied)
+    assert difference == 128_256 * 4096 * 2
     assert product_splits(1, 4096, 4096, BF16) == 1
     assert linear(1, 4096, 4096, weights=FP8).seconds(A100) < linear(1, 4096, 4096).seconds(A100)
     assert linear(4096, 4096, 4096, weights=FP8).seconds(H100) < linear(4096, 4096, 4096).seconds(H100)
@@ -234,5 +238,5 @@ def test_the_account_and_the_kernels_cut_work_alike() -> None:
         for rows in (1, 16, 64, 65, 256):
             for inputs, outputs in ((4096, 4096), (4096, 28_672), (14_336, 4096), (2048, 256)):
                 steps = inputs // (weights.group_size * 8 // weights.bits)
-                expected = quantized.config(rows, outputs, steps, 2, False).splits
+                expected = quantized.config(rows, outputs, steps, weights.bits, 2, False).splits
                 assert product_splits(rows, inputs, outputs, weights) == expected

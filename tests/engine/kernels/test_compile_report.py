@@ -95,7 +95,7 @@ def test_the_assemblers_log_is_read() -> None:
         cp.async.cg.shared.global [ %r1 + 0 ], [ %rd2 + 0 ], 0x10, %r9;
         cp.async.ca.shared.global [ %r1 + 0 ], [ %rd2 + 0 ], 0x4, %r9;
         cp.async.commit_group;
-        cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%r1], [%rd1, {%r2}], [%r4];
+        cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%r1], [%rd1];
         wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16
         mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32
         ldmatrix.sync.aligned.m8n8.x4.shared.b16
