@@ -253,22 +253,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results: dict[Task, Compiled | str] = {}
     for task, result in compile_all(tasks, args.jobs):
         results[task] = result
-        _progress(f"[{len(results)}/{len(tasks)}] sm_{task[1]} {_all_variants()[task[0]]}")
+        _progress(len(results), len(tasks), f"sm_{task[1]} {_all_variants()[task[0]]}")
     rows = [Row(_all_variants()[index], target, results[index, target]) for index, target in tasks]
     if args.output:
         args.output.write_text(render(rows), encoding="utf-8")
     else:
         print(render(rows))
     problems = [problem for row in rows if (problem := row.problem())]
-    _progress("")
     print(f"{len(rows)} compilations, {len(problems)} problems", *problems, sep="\n", file=sys.stderr)
     return 1 if problems or not rows else 0
 
 
-def _progress(text: str) -> None:
-    """One line that is written over, where somebody watches."""
+def _progress(done: int, of: int, what: str) -> None:
+    """One line that is written over where somebody watches; elsewhere a line now and then."""
+    line = f"[{done}/{of}] {what}"
     if sys.stderr.isatty():
-        print(f"\r\033[K{text[:100]}", end="", file=sys.stderr, flush=True)
+        print(f"\r\033[K{line[:100]}", end="\n" if done == of else "", file=sys.stderr, flush=True)
+    elif done % 50 == 0:
+        print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
