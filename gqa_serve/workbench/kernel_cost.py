@@ -283,11 +283,19 @@ def logits(num_rows: int, config: ModelConfig, formats: Formats = DEFAULT) -> Co
     return replace(product, must_bytes=must, moved_bytes=moved)
 
 
-def sample(num_rows: int, vocab_size: int, passes: int = 1) -> Cost:
-    """Logits [R, V] float32 -> tokens [R]; `passes` over the logits: 1 to take the most likely token."""
+def sample(
+    num_rows: int, vocab_size: int, *, draw: bool = False, top_k: bool = False, top_p: bool = False
+) -> Cost:
+    """Logits [R, V] float32 -> tokens [R]: the largest in one pass over them; a draw in two.
+
+    A draw looks for the smallest logit that a filter keeps, four bits in a pass: 8 passes for top-k, and one
+    more for top-p, each of which compares every logit with 16 bounds.
+    """
     numbers = num_rows * vocab_size
+    searches = (8 * top_k + 8 * top_p) if draw else 0
+    passes = 1 + (1 + searches + top_p if draw else 0)
     must = numbers * FLOAT_BYTES + num_rows * INDEX_BYTES
-    return Cost(must, must + (passes - 1) * numbers * FLOAT_BYTES, passes * numbers)
+    return Cost(must, must + (passes - 1) * numbers * FLOAT_BYTES, numbers * (passes + 32 * searches))
 
 
 def _tiles(first: int, end: int, size: int) -> int:

@@ -28,6 +28,7 @@ from gqa_serve.workbench.kernel_cost import (
     prefill_attention,
     prefill_tokens_per_tile,
     product_splits,
+    sample,
 )
 from gqa_serve.workbench.step_cost import decode_step, kv_bytes, step, weight_bytes
 
@@ -200,6 +201,20 @@ def test_time_is_bound_by_memory_or_by_arithmetic() -> None:
     assert large.seconds(A100) == large.flops / A100.bf16_flops
     cached = Cost(must_bytes=10, moved_bytes=30, flops=0, cached_bytes=20)
     assert cached.seconds(H100) == 10 / H100.bandwidth
+
+
+def test_passes_over_logits() -> None:
+    """As the module of the sampling kernels counts them."""
+    row = 4 * 128_256
+
+    def passes(**how: bool) -> float:
+        return (sample(1, 128_256, **how).moved_bytes - 4) / row
+
+    assert passes() == 1
+    assert passes(draw=True) == 2
+    assert passes(draw=True, top_k=True) == 2 + 8
+    assert passes(draw=True, top_p=True) == 2 + 9
+    assert passes(draw=True, top_k=True, top_p=True) == 2 + 8 + 9
 
 
 def test_weight_formats() -> None:
