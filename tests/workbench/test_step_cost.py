@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gqa_serve.workbench.cost_tables import LLAMA_3_8B, TABLES
@@ -31,6 +31,8 @@ from gqa_serve.workbench.kernel_cost import (
     sample,
 )
 from gqa_serve.workbench.step_cost import decode_step, kv_bytes, step, weight_bytes
+
+SOME = settings(max_examples=60, deadline=None)
 
 heads = st.builds(
     lambda kv, group, dim: Heads(kv * group, kv, dim),
@@ -85,6 +87,7 @@ def test_one_decode_step_of_llama_3_8b_by_hand() -> None:
     assert cost.seconds(H100) == pytest.approx(4.57e-3, rel=2e-3)  # 15.3 GB at 3.35 TB/s
 
 
+@SOME
 @given(heads, st.lists(st.tuples(st.integers(1, 2000), windows), min_size=1, max_size=3), formats)
 def test_decode_attention_counts_what_its_items_read(
     shape: Heads, requests: list[tuple[int, int | None]], held: Formats
@@ -106,6 +109,7 @@ def test_decode_attention_counts_what_its_items_read(
         assert cost.flops == 4 * shape.num_heads * shape.head_dim * len(tokens)
 
 
+@SOME
 @given(heads, st.integers(1, 700), st.integers(0, 1500), windows, formats)
 def test_prefill_attention_counts_what_its_tiles_read(
     shape: Heads, query_len: int, computed: int, window: int | None, held: Formats
@@ -134,6 +138,7 @@ def test_prefill_attention_counts_what_its_tiles_read(
     assert cost.must_bytes == cost.moved_bytes - cost.cached_bytes
 
 
+@SOME
 @given(heads, context_lens, windows, formats, st.integers(1, 2000))
 def test_more_context_never_costs_less(
     shape: Heads, lens: list[int], window: int | None, held: Formats, more: int
@@ -151,6 +156,7 @@ def test_more_context_never_costs_less(
     assert longer.moved_bytes > less.moved_bytes
 
 
+@SOME
 @given(st.sampled_from([1, 2, 4, 8, 16, 32]), st.integers(1, 20_000), formats)
 def test_grouping_divides_kv_bytes_by_the_group_size(num_kv_heads: int, tokens: int, held: Formats) -> None:
     mha = replace(LLAMA_3_8B, num_kv_heads=32)
@@ -160,6 +166,7 @@ def test_grouping_divides_kv_bytes_by_the_group_size(num_kv_heads: int, tokens: 
         assert kv_bytes(gqa, 1, held) == gqa.kv_bytes_per_token(2)
 
 
+@SOME
 @given(st.lists(st.tuples(st.integers(1, 300), st.integers(0, 600)), min_size=1, max_size=4), formats)
 def test_a_step_is_the_sum_of_its_parts(lens: list[tuple[int, int]], held: Formats) -> None:
     cost = step(LLAMA_3_8B, [(new, new + computed) for new, computed in lens], held)
@@ -172,6 +179,7 @@ def test_a_step_is_the_sum_of_its_parts(lens: list[tuple[int, int]], held: Forma
         assert part.must_bytes <= part.moved_bytes - part.cached_bytes, name
 
 
+@SOME
 @given(st.integers(2, 600), st.data())
 def test_chunks_of_a_prompt_compute_what_the_whole_prompt_does(length: int, data: st.DataObject) -> None:
     cut = data.draw(st.integers(1, length - 1))
