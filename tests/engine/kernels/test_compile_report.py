@@ -22,7 +22,7 @@ import kernels_to_compile  # noqa: E402
 from kernels_to_compile import copying, squaring  # noqa: E402
 
 from gqa_serve.engine.kernels.triton import compile_report  # noqa: E402
-from gqa_serve.engine.kernels.triton.compile_report import Row, compile_all, render  # noqa: E402
+from gqa_serve.engine.kernels.triton.compile_report import Row, compile_all, message, render  # noqa: E402
 from gqa_serve.engine.kernels.triton.compiled import Compiled, read_result  # noqa: E402
 from gqa_serve.engine.kernels.triton.variants import MODULES, Variant, variants  # noqa: E402
 
@@ -151,6 +151,20 @@ def test_problems_of_a_row() -> None:
     failed = Row(squaring(64, 4, 2), 90, "Unsupported")
     assert "does not compile: Unsupported" in (failed.problem() or "")
     assert "does not compile" in render([row, failed])
+
+
+def test_messages_are_the_assemblers_where_it_spoke() -> None:
+    error = RuntimeError(
+        "`ptxas` failed with error code 255\n`ptxas` stderr:\n"
+        "ptxas /tmp/tmp1x.ptx, line 7; error   : Unknown symbol 'a'\n"
+        "ptxas fatal   : Ptx assembly aborted due to errors\n"
+        "Repro command: ptxas --gpu-name=sm_80 /tmp/tmp1x.ptx -o /tmp/tmp1x.ptx.o"
+    )
+    assert message(error) == (
+        "ptxas kernel.ptx, line 7; error   : Unknown symbol 'a' / "
+        "ptxas fatal   : Ptx assembly aborted due to errors"
+    )
+    assert message(ValueError("at 3:4:\n  x = y\nunsupported")) == "at 3:4: / unsupported"
 
 
 def die_of_three(task: tuple[int, int]) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -29,6 +30,8 @@ from gqa_serve.engine.kernels.triton.variants import MODULES, TARGETS, Variant, 
 NO_SPILLS = ("decode_attention",)  # files whose kernels must keep everything in registers
 TENSOR_CORES = ("mma", "wgmma", "tcgen05")
 GPUS = {80: "A100", 90: "H100, H200", 100: "B200"}
+
+_PTXAS_ERROR = re.compile(r"ptxas (fatal|error|\S+, line \d+; (fatal|error))")
 
 Task = tuple[int, int]
 """A variant, by its place in `variants()`, and a target: what can be sent to another process."""
@@ -171,7 +174,7 @@ def _compile(task: Task) -> Compiled | str:
     try:
         return compile_variant(_all_variants()[index], target)
     except Exception as error:
-        return _message(error)
+        return message(error)
 
 
 @functools.cache
@@ -180,11 +183,12 @@ def _all_variants() -> tuple[Variant, ...]:
     return tuple(variants())
 
 
-def _message(error: Exception) -> str:
+def message(error: Exception) -> str:
     """The lines that tell what is wrong: the assembler's where it spoke, else the error's first and last."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
-    of_ptxas = [line for line in lines if "error" in line and not line.startswith(("Repro", "`ptxas`"))]
-    return " / ".join(dict.fromkeys(of_ptxas[:3] or [lines[0], lines[-1]]))
+    of_ptxas = [line for line in lines if _PTXAS_ERROR.match(line)]
+    text = " / ".join(dict.fromkeys(of_ptxas[:3] or [lines[0], lines[-1]]))
+    return re.sub(r"\S+\.ptx", "kernel.ptx", text)  # a temporary file's name
 
 
 def compile_all(
