@@ -226,18 +226,19 @@ def _pool(jobs: int) -> ProcessPoolExecutor:
 
 
 def choose(args: argparse.Namespace) -> list[Task]:
-    """The tasks that the flags ask for; `--sample` takes evenly from each chosen file's."""
+    """The tasks that the flags ask for; `--sample` takes a file's variants evenly, and targets in turn."""
     listed = _all_variants()
     chosen: list[Task] = []
-    for file in MODULES:
-        tasks = [
-            (index, target)
-            for index, variant in enumerate(listed)
-            for target in variant.targets
-            if variant.file == file and (not args.only or file in args.only)
-        ]
-        count = min(args.sample or len(tasks), len(tasks))
-        chosen += [tasks[place * len(tasks) // count] for place in range(count)]
+    for file in args.only or MODULES:
+        of_file = [index for index, variant in enumerate(listed) if variant.file == file]
+        if not args.sample:
+            chosen += [(index, target) for index in of_file for target in listed[index].targets]
+            continue
+        count = min(args.sample, len(of_file))
+        for place in range(count):
+            index = of_file[place * len(of_file) // count]
+            targets = listed[index].targets
+            chosen.append((index, targets[place % len(targets)]))
     return chosen
 
 
@@ -245,7 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; the exit code says whether there were problems."""
     parser = argparse.ArgumentParser(prog="compile_report", description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--only", nargs="+", choices=MODULES, help="kernels of these files alone")
-    parser.add_argument("--sample", type=int, help="at most so many compilations of each file, evenly chosen")
+    parser.add_argument("--sample", type=int, help="at most so many variants of each file, each for one GPU")
     parser.add_argument("--jobs", type=int, default=cpu_count(), help="processes (default: all processors)")
     parser.add_argument("--output", type=Path, help="write the report there instead of to standard output")
     args = parser.parse_args(arguments)
