@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 _CPU_MEMORY_SHARE = 0.5
 _CPU_KV_CACHE = 4 * 2**30  # unless one request of the longest context needs more
 _GPU_MEMORY_SHARE = 0.9
-_QUANTIZED = ("int8", "int4")
+_QUANTIZED = ("int8", "int4", "fp8")
 
 OnTensor = Callable[[int, int], None]
 """Called with (tensors loaded, tensors in all)."""
@@ -202,6 +202,9 @@ def _make_backend(config: EngineConfig, model: ModelConfig, device: torch.device
         kv_cache_dtype=config.kv_cache_dtype,
         threads=threads,
         cpu_isa=config.cpu_isa,
+        deterministic=config.deterministic,
+        enforce_eager=config.enforce_eager,
+        max_num_seqs=config.max_num_seqs,
     )
     backend = create_backend(device, options)
     if config.block_size % backend.block_multiple:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from gqa_serve.engine.model_config import Activation, ModelConfig
     from gqa_serve.engine.models.decoder import Decoder
     from gqa_serve.engine.sampler import RowOperations
-    from gqa_serve.engine.weights.block_tensor import BlockTensor
+    from gqa_serve.engine.weights.quantized_matrix import QuantizedMatrix
 
 Role = Literal["linear", "head", "embedding"]
 """What a matrix is for. The one matrix of a model with tied embeddings is a "head" that is also looked up."""
@@ -80,7 +80,7 @@ class Packed(Protocol):
 
     @property
     def format(self) -> str:
-        """How a weight is held: "float32", "bfloat16", "float16", "int8", "int4"."""
+        """How a weight is held: "float32", "bfloat16", "float16", "int8", "int4", "fp8"."""
 
 
 class Linear(Protocol):
@@ -138,7 +138,7 @@ class Backend(ABC):
     # --- at load ---
 
     @abstractmethod
-    def pack(self, weight: torch.Tensor | BlockTensor, role: Role) -> Packed:
+    def pack(self, weight: torch.Tensor | QuantizedMatrix, role: Role) -> Packed:
         """Copy a checkpoint's matrix [n, k] into the backend's layout; called as each tensor streams by.
 
         `weight` may alias a file mapping and is not kept. Raises ValueError for numbers that cannot be

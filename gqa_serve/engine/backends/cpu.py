@@ -25,6 +25,7 @@ from gqa_serve.engine.backends.base import (
 from gqa_serve.engine.backends.cpu_recorder import Recorder
 from gqa_serve.engine.kernels.cpu import load
 from gqa_serve.engine.weights.block_tensor import BlockTensor
+from gqa_serve.engine.weights.quantized_matrix import QuantizedMatrix
 from gqa_serve.errors import CacheCapacityError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -50,8 +51,8 @@ class _Format:
     has_min: bool = False
 
 
-# What --quantization makes of a checkpoint, and what becomes of other block types of GGUF files, whose own
-# scales are of 16 or 32 weights.
+# What --quantization makes of a checkpoint, and what becomes of other quantized weights: of GGUF files' other
+# block types, whose own scales are of 16 or 32 weights, and of quantized safetensors.
 _INT8, _INT4, _BLOCKS = _Format("int8", 128), _Format("int4", 32, has_min=True), _Format("int8", 32)
 
 
@@ -108,10 +109,10 @@ class CpuBackend(Backend):
 
     # --- at load ---
 
-    def pack(self, weight: torch.Tensor | BlockTensor, role: Role) -> Packed:
+    def pack(self, weight: torch.Tensor | QuantizedMatrix, role: Role) -> Packed:
         form = self._format(weight, role)
-        if isinstance(weight, BlockTensor):
-            if form is None:
+        if isinstance(weight, QuantizedMatrix):
+            if form is None and isinstance(weight, BlockTensor):
                 return self._pack_blocks(weight)
             weight = weight.dequantize()
         dtype = _dtype_name(weight.dtype)
@@ -130,20 +131,20 @@ class CpuBackend(Backend):
         packed: Packed = self.packer.pack_gguf(rows.data_ptr(), weight.type, *weight.shape, rows.shape[1])
         return packed
 
-    def _format(self, weight: torch.Tensor | BlockTensor, role: Role) -> _Format | None:
+    def _format(self, weight: torch.Tensor | QuantizedMatrix, role: Role) -> _Format | None:
         """None: as the checkpoint has it."""
         asked = self._asked(role)
-        if isinstance(weight, BlockTensor):
-            exact = _EXACT_BLOCKS.get(weight.type)
+        if isinstance(weight, QuantizedMatrix):
+            exact = _EXACT_BLOCKS.get(weight.type) if isinstance(weight, BlockTensor) else None
             if self.quantization == "auto":
                 return None if exact else _BLOCKS
-            if exact == asked:
+            if exact is not None and exact == asked:
                 return None
         if asked is not None:
             return _INT8 if asked == "int8" else _INT4
         if self.dtype is not None:
             return _Format(_dtype_name(self.dtype))
-        return _Format("float32") if isinstance(weight, BlockTensor) else None
+        return _Format("float32") if isinstance(weight, QuantizedMatrix) else None
 
     def _asked(self, role: Role) -> str | None:
         """The integer format that --quantization asks for. The vocabulary's matrices stay at int8: they are

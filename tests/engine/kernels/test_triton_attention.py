@@ -118,7 +118,7 @@ def test_kv_formats(form: str, lens: list[tuple[int, int]]) -> None:
     check(lens, form=form)
 
 
-@pytest.mark.parametrize("window", [1, 7, 64, 100, 300])
+@pytest.mark.parametrize("window", [1, 64, 100, 300])
 @pytest.mark.parametrize("exact", [False, True])
 def test_windows(window: int, exact: bool) -> None:
     check(DECODE[-3:] + CHUNKS[1:4], window=window, exact=exact)
@@ -143,7 +143,7 @@ def test_a_window_does_not_read_outside_itself() -> None:
 
 
 @pytest.mark.parametrize("window", [None, 90])
-@pytest.mark.parametrize("group", [1, 3, 4, 20])
+@pytest.mark.parametrize("group", [3, 20])
 def test_exact_chunks_have_the_bytes_of_decoding(group: int, window: int | None) -> None:
     """A prompt in one chunk, in several, and token by token."""
     length, head_dim = 330, 32
@@ -152,12 +152,11 @@ def test_exact_chunks_have_the_bytes_of_decoding(group: int, window: int | None)
     q = queries(whole, group, torch.float32)
     expected = attend(whole, q, scores, exact=True, twin=False)
     (row,) = whole.plan.rows
-    cuts = [0, 1, 2, 35, 64, 255, 256, 257, 300, length]
+    cuts = [0, 1, 35, 255, 256, 257, length]
     for begin, end in itertools.pairwise(cuts):
         row.start, row.token_ids = begin, [1] * (end - begin)
-        for programs in (1, 5):
-            part = attend(whole, q[begin:end], scores, exact=True, twin=False, programs=programs)
-            assert torch.equal(part, expected[begin:end])
+        part = attend(whole, q[begin:end], scores, exact=True, twin=False, programs=1 + begin % 2)
+        assert torch.equal(part, expected[begin:end])
 
 
 def test_neighbours_do_not_change_a_byte() -> None:

@@ -179,7 +179,7 @@ def split_kernel(q, k, v, k_scale, v_scale, block_ids, block_starts, context_len
             result = normalize(values, sums)
             tl.store(out + row[:, None] * D + dim[None, :], result.to(out.dtype.element_ty), mask=real)
         else:
-            part = (item.to(tl.int64) * KV + kv_head) * G + head
+            part = (item * KV + kv_head) * G + head.to(tl.int64)
             tl.store(part_values + part[:, None] * D + dim[None, :], values, mask=real)
             tl.store(part_maxima + part, maxima, mask=head < G)
             tl.store(part_sums + part, sums, mask=head < G)
@@ -199,7 +199,7 @@ def merge_kernel(part_values, part_maxima, part_sums, tokens, item_starts, out, 
         maxima = tl.full([ROWS], float("-inf"), tl.float32)
         sums = tl.zeros([ROWS], tl.float32)
         for item in range(begin, end):
-            part = (item.to(tl.int64) * KV + kv_head) * G + head
+            part = (item * KV + kv_head) * G + head.to(tl.int64)
             more_values = tl.load(part_values + part[:, None] * D + dim[None, :], mask=real, other=0.0)
             more_maxima = tl.load(part_maxima + part, mask=in_group, other=float("-inf"))
             more_sums = tl.load(part_sums + part, mask=in_group, other=0.0)

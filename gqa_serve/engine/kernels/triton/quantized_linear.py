@@ -1,0 +1,308 @@
+"""Linear layers whose weights are 8 or 4 bits with a scale per group of inputs; activations stay bf16 or f16.
+
+Owns the layout of such weights and the product. Does not know who quantized them (`weights/`), or why.
+
+    codes [K', N] uint8     8 bits: row k holds input k
+                            4 bits: of inputs in chunks of two groups, row c * G + i holds input c * 2G + i in
+                                    the low halves of its bytes and c * 2G + G + i in the high ones
+    scale [K' / G, N]       weight = scale * (code - zero), or scale * code + minimum
+
+so that the outputs of a row lie side by side, whatever the group, and a byte is unpacked where it is loaded.
+Invariant: codes are multiplied exactly and a group's sum is scaled in float32 (with a minimum, weights are
+rounded to the activations' dtype first). Groups are added in order, in splits that depend on N and K.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from gqa_serve.engine.kernels.triton.variants import Variant
+
+GROUPS = (32, 64, 128)
+ONE_GROUP = 128  # inputs at a time where one scale serves all of them
+_BUSY = 256  # programs that keep a large GPU busy: two for each multiprocessor
+_MAX_SPLITS = 8
+
+
+class Quantized(NamedTuple):
+    """A matrix [n, k] in the layout above, k padded with zeros to whole steps.
+
+    `group` 0: one scale for all inputs, 8 bits only. `zero` is uint8; without it and `minimum`, codes are
+    symmetric around 128 or 8.
+    """
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor | None
+    minimum: torch.Tensor | None
+    n: int
+    k: int
+    bits: int
+    group: int
+
+
+class Config(NamedTuple):
+    """The tile of a program, the parts that K is split into, and how it is compiled."""
+
+    block_t: int
+    block_n: int
+    splits: int
+    num_warps: int
+    num_stages: int
+
+
+def config(rows: int, n: int, steps: int, bits: int, itemsize: int, deterministic: bool) -> Config:
+    """The tile for `rows` tokens and weights of n outputs and `steps` steps of inputs.
+
+    With few rows weights are all the traffic, so K is split until there are programs for the whole GPU. With
+    many the tile is the largest whose sums stay in registers, twice over for the two groups of 4-bit steps.
+    With `deterministic` nothing depends on the number of rows.
+    """
+    if deterministic or itemsize == 4:
+        return Config(32, 64, 1, 4, 3 if itemsize < 4 else 2)
+    if rows > 64:
+        return Config(128, 128 if bits == 8 else 64, 1, 8, 2)
+    tiles = triton.cdiv(n, 64)
+    splits = max(1, min(_BUSY // tiles, steps // 4, _MAX_SPLITS))
+    return Config(max(16, triton.next_power_of_2(rows)), 64, splits, 4, 4 if rows <= 32 else 3)
+
+
+@triton.jit
+def _numbers(codes, bias):
+    """codes - (bias - 2^23), exactly: a code's bits are the low ones of the float32 2^23 + code."""
+    return ((codes.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True)) - bias
+
+
+@triton.jit
+def _add_group(
+    acc, x, codes, scale_ptrs, zero_ptrs, minimum_ptrs, inside,
+    MIDDLE: tl.constexpr, ONE_SCALE: tl.constexpr,
+):  # fmt: skip
+    """acc + x @ the weights of one group."""
+    if ONE_SCALE:  # applied once, at the end
+        return tl.dot(x, _numbers(codes, 8388608.0 + MIDDLE).to(x.dtype), acc, input_precision="ieee")
+    scale = tl.load(scale_ptrs, mask=inside, other=0.0).to(tl.float32)
+    if minimum_ptrs is not None:
+        minimum = tl.load(minimum_ptrs, mask=inside, other=0.0).to(tl.float32)
+        weights = _numbers(codes, 8388608.0) * scale[None, :] + minimum[None, :]
+        return tl.dot(x, weights.to(x.dtype), acc, input_precision="ieee")
+    if zero_ptrs is not None:
+        zero = tl.load(zero_ptrs, mask=inside, other=0).to(tl.float32)
+        weights = _numbers(codes, 8388608.0 + zero[None, :])
+    else:
+        weights = _numbers(codes, 8388608.0 + MIDDLE)
+    return acc + tl.dot(x, weights.to(x.dtype), input_precision="ieee") * scale[None, :]
+
+
+@triton.jit(do_not_specialize=["T", "split_stride", "steps", "steps_per_split"])
+def _quantized_linear_kernel(
+    x_ptr, codes_ptr, scale_ptr, zero_ptr, minimum_ptr, bias_ptr, out_ptr,
+    T, N, K, x_stride, out_stride, split_stride, steps, steps_per_split,
+    BITS: tl.constexpr, GROUP: tl.constexpr, ONE_SCALE: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    # Programs that share a tile of weights run side by side, so that it comes from memory once.
+    tiles_t = tl.cdiv(T, BLOCK_T)
+    row = (tl.program_id(0) % tiles_t) * BLOCK_T + tl.arange(0, BLOCK_T)
+    column = (tl.program_id(0) // tiles_t) * BLOCK_N + tl.arange(0, BLOCK_N)
+    split = tl.program_id(1)
+    inside = column < N
+    i = tl.arange(0, GROUP)
+    x_ptrs = x_ptr + tl.minimum(row, T - 1).to(tl.int64)[:, None] * x_stride + i[None, :]
+    first = split * steps_per_split
+    code_rows = first.to(tl.int64) * GROUP + i
+    code_ptrs = codes_ptr + code_rows[:, None] * N + column[None, :]
+    PARTS: tl.constexpr = 8 // BITS  # groups in a byte
+    MIDDLE: tl.constexpr = 1 << (BITS - 1)
+    acc = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
+    for step in range(first, tl.minimum(steps, first + steps_per_split)):
+        packed = tl.load(code_ptrs, mask=inside[None, :], other=0)
+        code_ptrs += GROUP * N
+        for part in tl.static_range(PARTS):
+            group = step * PARTS + part
+            start = group * GROUP
+            if EVEN_K:
+                x = tl.load(x_ptrs + start)
+            else:
+                x = tl.load(x_ptrs + start, mask=i[None, :] < K - start, other=0.0)
+            codes = packed if BITS == 8 else (packed & 15 if part == 0 else packed >> 4)
+            at = group * N + column
+            zero_ptrs = None if zero_ptr is None else zero_ptr + at
+            minimum_ptrs = None if minimum_ptr is None else minimum_ptr + at
+            acc = _add_group(
+                acc, x, codes, scale_ptr + at, zero_ptrs, minimum_ptrs, inside, MIDDLE, ONE_SCALE
+            )  # fmt: skip
+    if ONE_SCALE:
+        acc *= tl.load(scale_ptr + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + column, mask=inside, other=0.0)[None, :]
+    out_ptrs = out_ptr + split.to(tl.int64) * split_stride + row.to(tl.int64)[:, None] * out_stride
+    mask = (row[:, None] < T) & inside[None, :]
+    tl.store(out_ptrs + column[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _sum_splits_kernel(
+    partial_ptr, bias_ptr, out_ptr, T, N, out_stride, SPLITS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < N
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for split in tl.static_range(SPLITS):
+        total += tl.load(partial_ptr + (split * T.to(tl.int64) + row) * N + column, mask=inside, other=0.0)
+    if bias_ptr is not None:
+        total += tl.load(bias_ptr + column, mask=inside, other=0.0)
+    tl.store(out_ptr + row * out_stride + column, total.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def quantized_linear(
+    x: torch.Tensor,
+    weight: Quantized,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    deterministic: bool = False,
+) -> torch.Tensor:
+    """out [T, n] = x [T, k] @ weight.T + bias [n], float32; x's rows are contiguous. Returns `out`.
+
+    With `deterministic` a row's bytes do not depend on the number of rows.
+    """
+    (rows, k), n = x.shape, weight.n
+    if rows == 0:
+        return out
+    group = weight.group or ONE_GROUP
+    steps = weight.codes.shape[0] // group
+    tile = config(rows, n, steps, weight.bits, x.element_size(), deterministic)
+    split = tile.splits > 1
+    # The parts of a split sum, in order.
+    target = torch.empty((tile.splits, rows, n), dtype=torch.float32, device=x.device) if split else out
+    grid = (triton.cdiv(rows, tile.block_t) * triton.cdiv(n, tile.block_n), tile.splits)
+    _quantized_linear_kernel[grid](
+        x, weight.codes, weight.scale, weight.zero, weight.minimum, None if split else bias, target,
+        rows, n, k, x.stride(0), target.stride(-2), target.stride(0) if split else 0,
+        steps, triton.cdiv(steps, tile.splits),
+        BITS=weight.bits, GROUP=group, ONE_SCALE=weight.group == 0,
+        EVEN_K=k == steps * group * (8 // weight.bits),
+        BLOCK_T=tile.block_t, BLOCK_N=tile.block_n, num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    if split:
+        _sum_splits_kernel[(rows, triton.cdiv(n, 256))](
+            target, bias, out, rows, n, out.stride(0), SPLITS=tile.splits, BLOCK=256, num_warps=4
+        )
+    return out
+
+
+def quantized_linear_twin(
+    x: torch.Tensor,
+    weight: Quantized,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    deterministic: bool = False,
+) -> torch.Tensor:
+    """What `quantized_linear` computes, in plain torch and always in one order."""
+    weights = dequantize(weight)  # [n, k]
+    if weight.minimum is not None:
+        weights = weights.to(x.dtype).float()
+    product = x.float() @ weights.t()
+    return out.copy_(product if bias is None else product + bias)
+
+
+def arrange(
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    minimum: torch.Tensor | None,
+    bits: int,
+    group: int,
+) -> Quantized:
+    """The layout above of codes [n, k], from 0 to 2^bits - 1, and scale, zero and minimum [n, groups].
+
+    `group` is one of GROUPS, or 0 for one scale of 8-bit codes without zero or minimum.
+    """
+    n, k = codes.shape
+    width = group or ONE_GROUP
+    per_step = width * (8 // bits)
+    padding = -k % per_step
+    rows = F.pad(codes, (0, padding)).t()  # [K, n], inputs first
+    if bits == 4:
+        low, high = rows.view(-1, 2, width, n).unbind(1)  # [chunks, G, n]
+        rows = (low | high << 4).reshape(-1, n)
+
+    def by_group(values: torch.Tensor | None) -> torch.Tensor | None:
+        if values is None:
+            return None
+        missing = (k + padding) // width - values.shape[1] if group else 0
+        return F.pad(values, (0, missing)).t().contiguous()
+
+    scales = by_group(scale)
+    assert scales is not None
+    return Quantized(rows.contiguous(), scales, by_group(zero), by_group(minimum), n, k, bits, group)
+
+
+def dequantize(weight: Quantized) -> torch.Tensor:
+    """The matrix [n, k] in float32."""
+    width = weight.group or ONE_GROUP
+    rows = weight.codes
+    if weight.bits == 4:
+        rows = torch.stack((rows & 15, rows >> 4), 1)  # [K', 2, n]
+        rows = rows.view(-1, width, 2, weight.n).transpose(1, 2).reshape(-1, weight.n)
+    repeats = width if weight.group else rows.shape[0]
+
+    def by_input(values: torch.Tensor) -> torch.Tensor:
+        return values.float().repeat_interleave(repeats, dim=0)
+
+    middle = torch.tensor(float(1 << (weight.bits - 1)), device=rows.device)
+    if weight.minimum is not None:
+        numbers = rows.float() * by_input(weight.scale) + by_input(weight.minimum)
+    else:
+        zero = middle if weight.zero is None else by_input(weight.zero)
+        numbers = (rows.float() - zero) * by_input(weight.scale)
+    return numbers[: weight.k].t()
+
+
+def variants() -> Iterator[Variant]:
+    """Decoding one and 32 tokens, prefill, and --deterministic, for every kind of weight."""
+    kinds = (
+        (8, 0, "fp16", None), (8, 128, "fp16", None), (8, 32, "fp16", None), (4, 32, "fp16", "minimum"),
+        (4, 32, "fp16", None), (4, 128, "fp16", "zero"), (4, 128, "bf16", None), (4, 64, "fp16", None),
+    )  # fmt: skip
+    for rows, (bits, group, scale, extra) in product((1, 32, 2048, None), kinds):
+        width = group or ONE_GROUP
+        tile = config(rows or 1, 4096, 4096 // (width * (8 // bits)), bits, 2, deterministic=rows is None)
+        for element in ("bf16", "fp16") if rows == 1 else ("bf16",):
+            signature = {"x_ptr": f"*{element}", "codes_ptr": "*u8", "scale_ptr": f"*{scale}"}
+            signature["out_ptr"] = f"*{'fp32' if tile.splits > 1 else element}"
+            signature |= {"T": "i32", "steps": "i32", "steps_per_split": "i32", "split_stride": "i32"}
+            signature |= dict.fromkeys(("N", "K", "x_stride", "out_stride"), "i32:16")
+            absent = dict.fromkeys({"zero_ptr", "minimum_ptr", "bias_ptr"} - {f"{extra}_ptr"})
+            if extra is not None:
+                signature[f"{extra}_ptr"] = "*u8" if extra == "zero" else f"*{scale}"
+            yield Variant(
+                kernel=_quantized_linear_kernel,
+                name=f"{element} int{bits} group {group or 'all'}{f' {extra}' if extra else ''} "
+                + ("deterministic" if rows is None else f"T {rows}"),
+                signature=signature,
+                constexprs={
+                    **absent, "BITS": bits, "GROUP": width, "ONE_SCALE": group == 0, "EVEN_K": True,
+                    "BLOCK_T": tile.block_t, "BLOCK_N": tile.block_n,
+                },
+                num_warps=tile.num_warps,
+                num_stages=tile.num_stages,
+            )  # fmt: skip
+    yield Variant(
+        kernel=_sum_splits_kernel,
+        name="bf16 4 splits",
+        signature={
+            "partial_ptr": "*fp32", "out_ptr": "*bf16", "T": "i32", "N": "i32:16", "out_stride": "i32:16"
+        },
+        constexprs={"bias_ptr": None, "SPLITS": 4, "BLOCK": 256},
+        num_warps=4,
+        num_stages=3,
+    )  # fmt: skip
