@@ -108,10 +108,18 @@ class ModelRunner:
         """The sampler's operations on logits, if the backend has its own."""
         return self.backend.row_operations()
 
+    @property
+    def lookahead(self) -> bool:
+        """Whether `execute` and `logits` return before the device has computed."""
+        return self.backend.lookahead
+
     @torch.inference_mode()
-    def execute(self, plan: StepPlan) -> torch.Tensor:
-        """Compute the plan's tokens, writing their K and V; hidden states [R, E] of its logit rows."""
-        return self._forward(plan, self.cache)
+    def execute(self, plan: StepPlan, previous: torch.Tensor | None = None) -> torch.Tensor:
+        """Compute the plan's tokens, writing their K and V; hidden states [R, E] of its logit rows.
+
+        `previous`: the tokens that the step before sampled, on the device, where rows continue from them.
+        """
+        return self._forward(plan, self.cache, previous)
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
