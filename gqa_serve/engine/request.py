@@ -301,7 +301,7 @@ class Request:
         return self.params.prompt_logprobs is not None and not self.has_output
 
     def add_prompt_logprobs(self, start: int, entries: Iterable[TokenLogprobs]) -> None:
-        """Those that a row beginning at `start` gave; after a preemption they come again from the beginning."""
+        """Those that a row from `start` on gave; after a preemption they come again from the beginning."""
         if start == 0:
             self.prompt_logprobs = [None]
         self.prompt_logprobs += entries

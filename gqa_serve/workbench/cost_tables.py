@@ -76,7 +76,7 @@ def part_table(cost: StepCost) -> str:
         f"{cost.flops / 1e9:,.1f}",
         *(f"{cost.seconds(gpu) * 1e6:,.0f}" for gpu in GPUS),
     ]
-    head = ["kernel", "must move, MB", "moves, MB", "of it from L2", "GFLOP"]
+    head = ["kernel", "must move, MB", "moves, MB", "from L2, MB", "GFLOP"]
     return _table([*head, *(f"{_short(gpu.name)}, µs" for gpu in GPUS)], [*rows, total])
 
 

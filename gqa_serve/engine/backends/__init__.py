@@ -60,7 +60,8 @@ _KINDS = {
 
 
 def create_backend(device: torch.device, options: BackendOptions) -> Backend:
-    """The backend for `device`: native kernels on a CPU, Triton's on CUDA, elsewhere the reference, unless named.
+    """The backend for `device`: native kernels on a CPU, Triton's on CUDA, elsewhere the reference, unless
+    named.
 
     Where a backend's kernels cannot run, "auto" serves the reference and logs one warning. Raises ConfigError
     for settings that the backend cannot honour.
@@ -141,8 +142,8 @@ def _native(options: BackendOptions) -> Backend:
 
 
 def _cuda(device: torch.device, options: BackendOptions) -> Backend:
-    """Weights and activations in the checkpoint's dtype, but float32 in bfloat16, which is what tensor cores multiply
-    (`--dtype float32` keeps it); K and V likewise.
+    """Weights and activations in the checkpoint's dtype, but float32 in bfloat16, which is what tensor
+    cores multiply (`--dtype float32` keeps it); K and V likewise.
 
     Raises ImportError, with the reason, where Triton is missing or the GPU is too old.
     """
@@ -184,7 +185,10 @@ def _reference(device: torch.device, options: BackendOptions) -> Backend:
     from gqa_serve.engine.backends.reference import ReferenceBackend
     from gqa_serve.engine.kv_cache import KV_DTYPES
 
-    for flag, asked in (("--deterministic", options.deterministic), ("--enforce-eager", options.enforce_eager)):
+    for flag, asked in (
+        ("--deterministic", options.deterministic),
+        ("--enforce-eager", options.enforce_eager),
+    ):
         if asked:
             raise ConfigError(f"{flag} is not served by the reference backend, which is used here.")
     if options.quantization in (*_QUANTIZED, "fp8"):

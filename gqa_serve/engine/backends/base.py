@@ -179,6 +179,12 @@ class Backend(ABC):
 
         return run
 
+    def capture(self, forward: ForwardPass, cache: KVCache) -> None:  # noqa: B027 - most have nothing to do
+        """Make ready what serves this cache alone, before the first request: all later steps use it.
+
+        `forward` is what `compile` gave.
+        """
+
     def row_operations(self) -> RowOperations | None:
         """The sampler's operations on rows of logits, where the backend has faster ones than plain torch."""
         return None
