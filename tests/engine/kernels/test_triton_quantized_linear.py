@@ -93,7 +93,7 @@ def test_split_inputs_add_up(rows: int, bits: int, group: int, extra: str) -> No
     n, k = 40, 1100
     weight, numbers = random_weight(n, k, bits, group, extra)
     steps = weight.codes.shape[0]
-    tile = config(rows, n, steps, bits, 2, deterministic=False)
+    tile = config(rows, n, steps, group or 128, bits, 2, deterministic=False)
     assert tile.splits > 1
     assert steps % tile.splits
     x = torch.randn(rows, k, generator=torch.Generator().manual_seed(7)).half()
@@ -117,13 +117,13 @@ def test_a_row_does_not_depend_on_the_others_when_deterministic(bits: int, group
 
 
 def test_the_tile_is_a_function_of_shapes_alone() -> None:
-    fixed = {config(rows, 4096, 32, 8, 2, deterministic=True) for rows in (1, 16, 17, 64, 65, 4096)}
+    fixed = {config(rows, 4096, 32, 128, 8, 2, deterministic=True) for rows in (1, 16, 17, 64, 65, 4096)}
     assert len(fixed) == 1
     assert fixed.pop().splits == 1
-    assert config(1, 4096, 32, 8, 2, deterministic=False).splits == 4
-    assert config(1, 28672, 32, 8, 2, deterministic=False).splits == 1  # enough programs without
-    assert config(1, 64, 1, 8, 2, deterministic=False).splits == 1  # nothing to split
-    assert config(4096, 4096, 32, 8, 2, deterministic=False).splits == 1
+    assert config(1, 4096, 32, 128, 8, 2, deterministic=False).splits == 4
+    assert config(1, 28672, 32, 128, 8, 2, deterministic=False).splits == 1  # enough programs without
+    assert config(1, 64, 1, 128, 8, 2, deterministic=False).splits == 1  # nothing to split
+    assert config(4096, 4096, 32, 128, 8, 2, deterministic=False).splits == 1
 
 
 def test_rows_of_wider_tensors_and_no_rows() -> None:

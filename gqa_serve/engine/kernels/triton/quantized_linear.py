@@ -58,20 +58,24 @@ class Config(NamedTuple):
     num_stages: int
 
 
-def config(rows: int, n: int, steps: int, bits: int, itemsize: int, deterministic: bool) -> Config:
-    """The tile for `rows` tokens and weights of n outputs and `steps` steps of inputs.
+def config(
+    rows: int, n: int, steps: int, width: int, bits: int, itemsize: int, deterministic: bool
+) -> Config:
+    """The tile for `rows` tokens and weights of n outputs and `steps` steps, each `width` bytes of an output.
 
-    With few rows weights are all the traffic, so K is split until there are programs for the whole GPU. With
-    many the tile is the largest whose sums stay in registers, twice over for the two groups of 4-bit steps.
-    With `deterministic` nothing depends on the number of rows.
+    With few rows weights are all the traffic: K is split until there are programs for the whole GPU, each with
+    12 to 24 KiB of weights under way. With many the tile is the largest whose sums stay in registers, twice
+    over for the two groups of 4-bit steps. With `deterministic` nothing depends on the number of rows.
     """
-    if deterministic or itemsize == 4:
-        return Config(32, 64, 1, 4, 3 if itemsize < 4 else 2)
+    if itemsize == 4:
+        return Config(32, 64, 1, 4, 2)
+    if deterministic:
+        return Config(32, 64, 1, 4, 2 + 128 // width)
     if rows > 64:
         return Config(128, 128 if bits == 8 else 64, 1, 8, 2)
-    tiles = triton.cdiv(n, 64)
-    splits = max(1, min(_BUSY // tiles, steps // 4, _MAX_SPLITS))
-    return Config(max(16, triton.next_power_of_2(rows)), 64, splits, 4, 4 if rows <= 32 else 3)
+    splits = max(1, min(_BUSY // triton.cdiv(n, 64), steps // 4, _MAX_SPLITS))
+    stages = 3 if rows > 32 else 3 + 128 // width
+    return Config(max(16, triton.next_power_of_2(rows)), 64, splits, 4, stages)
 
 
 @triton.jit
@@ -184,7 +188,7 @@ def quantized_linear(
         return out
     group = weight.group or ONE_GROUP
     steps = weight.codes.shape[0]
-    tile = config(rows, n, steps, weight.bits, x.element_size(), deterministic)
+    tile = config(rows, n, steps, group, weight.bits, x.element_size(), deterministic)
     split = tile.splits > 1
     # The parts of a split sum, in order.
     target = torch.empty((tile.splits, rows, n), dtype=torch.float32, device=x.device) if split else out
@@ -275,7 +279,9 @@ def variants() -> Iterator[Variant]:
     )  # fmt: skip
     for rows, (bits, group, scale, extra) in product((1, 32, 2048, None), kinds):
         width = group or ONE_GROUP
-        tile = config(rows or 1, 4096, 4096 // (width * (8 // bits)), bits, 2, deterministic=rows is None)
+        tile = config(
+            rows or 1, 4096, 4096 // (width * (8 // bits)), width, bits, 2, deterministic=rows is None
+        )
         for element in ("bf16", "fp16") if rows == 1 else ("bf16",):
             signature = {"x_ptr": f"*{element}", "codes_ptr": "*u8", "scale_ptr": f"*{scale}"}
             signature["out_ptr"] = f"*{'fp32' if tile.splits > 1 else element}"
