@@ -1,4 +1,4 @@
-"""Perplexity of one model in several quantizations, so that what a format costs in quality is a number.
+"""Perplexity of one model with weights and KV cache in several formats: what each costs in quality.
 
 The text is cut into windows of 512 tokens (each begun as the tokenizer begins a text), of which 40 that lie
 evenly over the text are scored, each by itself. Perplexity is exp of the mean negative log-probability of all
@@ -9,6 +9,8 @@ The default text is this repository's documents and the docstrings of a list of 
 fixed order: the same for one checkout and one version of Python. Give --text for one of your own.
 
     .venv/bin/python benchmarks/perplexity.py --model demo --quantization none int8 int4
+    .venv/bin/python benchmarks/perplexity.py --backend reference --quantization none \
+        --kv-cache-dtype float32 bfloat16 int8 fp8
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib.util
+import itertools
 import math
 import sys
 import time
@@ -105,7 +108,7 @@ def score(engine: Engine, windows: list[list[int]], label: str) -> tuple[float, 
 def measure(
     path: Path, config: EngineConfig, windows: list[list[int]]
 ) -> tuple[ModelInfo, float, int, float]:
-    """(what was loaded, perplexity, tokens scored, seconds of scoring) in one quantization."""
+    """(what was loaded, perplexity, tokens scored, seconds of scoring) in one pair of formats."""
     bar = ProgressBar("Loading weights")
     try:
         engine = Engine(ModelRunner(path, config, bar.update), config)
@@ -127,7 +130,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=512, help="tokens per window (512)")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--kv-cache-dtype", default="auto")
+    parser.add_argument("--kv-cache-dtype", nargs="+", default=["auto"])
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()
 
@@ -142,13 +145,13 @@ def main() -> None:
     columns = f"{'size':>11}{'KV':>10}{'perplexity':>12}{'ratio':>9}{'tokens/s':>10}"
     print(f"{'quantization':<14}{'held as':<20}{columns}")
     first = None
-    for quantization in args.quantization:
+    for quantization, kv_cache_dtype in itertools.product(args.quantization, args.kv_cache_dtype):
         config = EngineConfig(
             model=args.model,
             quantization=quantization,
             backend=args.backend,
             dtype=args.dtype,
-            kv_cache_dtype=args.kv_cache_dtype,
+            kv_cache_dtype=kv_cache_dtype,
             threads=args.threads,
             max_model_len=args.window,
             max_num_seqs=16,

@@ -7,7 +7,7 @@ Invariant: activations are float32. What a request's tokens give depends on the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,6 +17,7 @@ from gqa_serve.engine.backends.base import (
     AttentionLayout,
     AttentionStep,
     Backend,
+    ForwardPass,
     HeadNorms,
     Linear,
     Packed,
@@ -181,7 +182,7 @@ class CpuBackend(Backend):
             ) from error
         return NativeKVCache(native, block_size, num_blocks)
 
-    def compile(self, decoder: Decoder) -> Callable[[StepPlan, KVCache], torch.Tensor]:
+    def compile(self, decoder: Decoder) -> ForwardPass:
         if decoder.config.head_dim % 2:
             raise UnsupportedModelError(
                 f"The native backend needs an even head_dim, not {decoder.config.head_dim}; "
@@ -286,8 +287,12 @@ class NativeForward:
         self.result = result
         self.width = width
 
-    def __call__(self, plan: StepPlan, cache: KVCache) -> torch.Tensor:
+    def __call__(self, plan: StepPlan, cache: KVCache, previous: torch.Tensor | None = None) -> torch.Tensor:
         assert isinstance(cache, NativeKVCache)
+        if previous is not None:
+            raise ValueError(
+                "The native backend computes a step when it is called; no token is unknown then."
+            )
         rows = sum(row.num_logits for row in plan.rows)
         out = _floats(rows * self.width).view(rows, self.width)
         self.program.run(cache.native, plan.rows, self.result, out.data_ptr())
@@ -300,10 +305,9 @@ class NativeRows:
     def __init__(self, program: Any) -> None:
         self.program = program
 
-    def argmax(self, logits: torch.Tensor) -> list[int]:
+    def argmax(self, logits: torch.Tensor) -> torch.Tensor:
         logits = logits.contiguous()
-        tokens: list[int] = self.program.argmax(logits.data_ptr(), *logits.shape)
-        return tokens
+        return torch.tensor(self.program.argmax(logits.data_ptr(), *logits.shape), dtype=torch.int64)
 
     def draw(
         self,
@@ -311,10 +315,10 @@ class NativeRows:
         rows: Sequence[int],
         params: Sequence[SamplingParams],
         units: Sequence[float],
-    ) -> list[int]:
+    ) -> torch.Tensor:
         logits = logits.contiguous()
         vocab = logits.shape[-1]
-        tokens: list[int] = self.program.draw(
+        tokens = self.program.draw(
             logits.data_ptr(),
             vocab,
             list(rows),
@@ -324,4 +328,4 @@ class NativeRows:
             [p.min_p for p in params],
             list(units),
         )
-        return tokens
+        return torch.tensor(tokens, dtype=torch.int64)

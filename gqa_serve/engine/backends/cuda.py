@@ -1,10 +1,11 @@
 """The CUDA backend: the model's operations as Triton kernels, and decode steps as captured graphs.
 
-Owns which kernel computes which operation, and scratch memory. Kernels are in `kernels/triton/`, a step's integers
-in `cuda_step.py`, graphs in `cuda_graphs.py`, matrices in `cuda_linear.py`.
+Owns which kernel computes which operation, and scratch memory. Kernels are in `kernels/triton/`, a step's
+integers in `cuda_step.py`, graphs in `cuda_graphs.py`, matrices in `cuda_linear.py`.
 
-Invariants: a step enqueues work and waits for nothing. With `deterministic`, what a request's tokens give depends on
-the request alone; without, only cuBLAS may choose another order of sums for another number of rows.
+Invariants: a step enqueues work and waits for nothing. With `deterministic`, what a request's tokens give
+depends on the request alone; without, only cuBLAS may choose another order of sums for another number of
+rows.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from gqa_serve.engine.backends.base import (
     AttentionLayout,
     AttentionStep,
     Backend,
+    ForwardPass,
     HeadNorms,
     Linear,
     Packed,
@@ -38,11 +40,10 @@ if TYPE_CHECKING:
     from gqa_serve.engine.batch import ForwardBatch, StepPlan
     from gqa_serve.engine.model_config import Activation, ModelConfig
     from gqa_serve.engine.models.decoder import Decoder
-    from gqa_serve.engine.sampler import RowOperations
     from gqa_serve.engine.weights.block_tensor import BlockTensor
 
-# Programs of the decode kernel per multiprocessor, over all KV heads: two or three run at once, and what is over
-# evens out items of different lengths.
+# Programs of the decode kernel per multiprocessor, over all KV heads: two or three run at once, and what is
+# over evens out items of different lengths.
 _PROGRAMS_PER_PROCESSOR = 4
 
 
@@ -50,11 +51,12 @@ class CudaBackend(Backend):
     """Kernels in Triton. Weights and activations are in `dtype` where `quantization` does not say otherwise.
 
     `kv_dtype`: a float dtype, torch.int8 or torch.float8_e4m3fn. `capture` is how decode steps of up to
-    `max_num_seqs` requests are captured; None computes them kernel by kernel. The device is a GPU, or a CPU where
-    Triton interprets.
+    `max_num_seqs` requests are captured; None computes them kernel by kernel. The device is a GPU, or a CPU
+    where Triton interprets.
     """
 
     name = "cuda"
+    lookahead = True
 
     def __init__(
         self,
@@ -72,7 +74,7 @@ class CudaBackend(Backend):
         self.cache_dtype = kv_dtype or dtype
         self.kv_dtype = _KV_NAMES.get(self.cache_dtype, str(self.cache_dtype).removeprefix("torch."))
         self.deterministic = deterministic
-        self.capture = capture
+        self._capture = capture
         self.max_num_seqs = max_num_seqs
         self.weights = CudaWeights(device, dtype, quantization, deterministic)
         self.processors = _processors(device)
@@ -95,27 +97,27 @@ class CudaBackend(Backend):
     def compile(self, decoder: Decoder) -> CudaForward:
         return CudaForward(self, decoder)
 
+    def capture(self, forward: ForwardPass, cache: KVCache) -> None:
+        if self._capture is not None:
+            cast("CudaForward", forward).capture(cache, self._capture)
+
     # --- in a step ---
 
     def embed(self, table: Packed, token_ids: torch.Tensor, scale: float) -> torch.Tensor:
         return self.weights.embed(table, token_ids, scale)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        out = torch.empty_like(x)
-        rms_norm(x, weight, eps, out)
-        return out
+        return rms_norm(x, weight, eps, torch.empty_like(x))
 
     def add_rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, eps: float, scale: float
     ) -> torch.Tensor:
-        out = residual if weight is None else torch.empty_like(x)
-        add_rms_norm(x, residual, weight, eps, scale, out)
-        return out
+        out = None if weight is None else torch.empty_like(x)
+        return add_rms_norm(x, residual, weight, eps, scale, out)
 
     def gated_activation(self, gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
         out = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
-        gated_activation(gate_up, activation, out)
-        return out
+        return gated_activation(gate_up, activation, out)
 
     def prepare(self, batch: ForwardBatch, cache: KVCache, layout: AttentionLayout) -> AttentionStep:
         return CudaAttentionStep(self, cast("StepTensors", batch), cast("TensorKVCache", cache), layout)
@@ -125,9 +127,6 @@ class CudaBackend(Backend):
         if scale != 1.0:
             logits = logits * scale
         return logits if cap is None else torch.tanh(logits / cap) * cap
-
-    def row_operations(self) -> RowOperations:
-        return CudaRows()
 
     def partials(self, room: int, layout: AttentionLayout) -> Partials:
         """Scratch of the decode kernel for `room` items at least, the same from layer to layer."""
@@ -139,7 +138,9 @@ class CudaBackend(Backend):
 
 
 class CudaAttentionStep(AttentionStep):
-    """Attention of one step: requests with one new token by the decode kernel, chunks of prompts by the other."""
+    """Attention of one step: requests with one new token by the decode kernel, chunks of prompts by the
+    other.
+    """
 
     def __init__(
         self, backend: CudaBackend, step: StepTensors, cache: TensorKVCache, layout: AttentionLayout
@@ -160,8 +161,7 @@ class CudaAttentionStep(AttentionStep):
         layout, index = self.layout, self.layout.layer_rotaries[layer]
         q = qkv.new_empty(qkv.shape[0], layout.num_heads, layout.head_dim)
         angles = None if index is None else self.angles[index]
-        rotate_and_write(qkv, q, self.cache.layer(layer), self.step.slots, angles, norms)
-        return q
+        return rotate_and_write(qkv, q, self.cache.layer(layer), self.step.slots, angles, norms)
 
     def attend(self, layer: int, q: torch.Tensor) -> torch.Tensor:
         step, kv, window = self.step, self.cache.layer(layer), self.layout.layer_windows[layer]
@@ -176,7 +176,7 @@ class CudaAttentionStep(AttentionStep):
 
 
 class CudaForward:
-    """The forward pass over plans: hidden states [R, E] of their logit rows. `prepare` captures the graphs."""
+    """The forward pass over plans: hidden states [R, E] of their logit rows. `capture` makes the graphs."""
 
     def __init__(self, backend: CudaBackend, decoder: Decoder) -> None:
         self.backend = backend
@@ -188,13 +188,11 @@ class CudaForward:
         self.buffer = StepBuffer(backend.device)
         self.graphs: DecodeGraphs | None = None
 
-    def prepare(self, cache: KVCache) -> None:
+    def capture(self, cache: KVCache, capture: Capture) -> None:
         """Capture decode steps over this cache, which all later steps must use."""
-        layout, capture = self.decoder.layout, self.backend.capture
-        if capture is None:
-            return
-        # Each block that a request holds is at most once in its table, so tables are longer than the cache only where
-        # requests share blocks; the same goes for items.
+        layout = self.decoder.layout
+        # Each block that a request holds is at most once in its table, so tables are longer than the cache
+        # only where requests share blocks; the same goes for items.
         tokens = cache.num_blocks * cache.block_size
         most_blocks = cache.num_blocks
 
@@ -209,7 +207,7 @@ class CudaForward:
             self.backend.max_num_seqs, capacities, forward, capture, self.backend.device
         )
 
-    def __call__(self, plan: StepPlan, cache: KVCache, previous: torch.Tensor | None) -> torch.Tensor:
+    def __call__(self, plan: StepPlan, cache: KVCache, previous: torch.Tensor | None = None) -> torch.Tensor:
         layout = self.decoder.layout
         arrays = StepArrays.from_plan(plan, cache.block_size, layout.windows, self.tile_tokens)
         hidden = None if self.graphs is None else self.graphs.run(arrays, previous)

@@ -1,8 +1,8 @@
 """Decode steps as captured CUDA graphs, for a ladder of numbers of requests.
 
-Owns the static buffers that a graph reads and writes, which rung serves a step, and padding up to it. Knows neither
-kernels nor the model: `forward` is given, and so is how something is captured, so that all of it but the capture
-itself is tested without a GPU.
+Owns the static buffers that a graph reads and writes, which rung serves a step, and padding up to it. Knows
+neither kernels nor the model: `forward` is given, and so is how something is captured, so that all of it
+but the capture itself is tested without a GPU.
 
 Invariant: a replay computes what an eager step would for the real rows; padding rows write no K and V.
 """
@@ -29,7 +29,7 @@ class Replay(Protocol):
 
 
 Capture = Callable[[Callable[[], torch.Tensor]], tuple[Replay, torch.Tensor]]
-"""Runs a function once so that it can be replayed; also the tensor that it returned, rewritten by each replay."""
+"""Runs a function so that it can be replayed; also returns its tensor, which each replay writes anew."""
 
 
 class CudaCapture:
@@ -52,7 +52,8 @@ class CudaCapture:
 
 
 def ladder(most: int) -> list[int]:
-    """Numbers of requests that get a graph: 1, 2, 4, then steps of 8, from 64 on of 16, from 256 on of 32, up to `most`.
+    """Numbers of requests that get a graph: 1, 2, 4, then steps of 8, from 64 on of 16, from 256 on of 32,
+    up to `most`.
 
     Padding wastes at most a third above 4 requests, and little where steps are long.
     """
@@ -70,10 +71,11 @@ class _Captured:
 
 
 class DecodeGraphs:
-    """One graph per rung of the ladder; the largest is captured first, so that the others fit into its memory.
+    """One graph per rung of the ladder; the largest is captured first, so that the others fit into its
+    memory.
 
-    `capacities(rung)` gives the sizes of a step's regions (see `decode_capacities`). All graphs read the same buffer:
-    a smaller one the beginnings of its regions.
+    `capacities(rung)` gives the sizes of a step's regions (see `decode_capacities`). All graphs read the same
+    buffer: a smaller one the beginnings of its regions.
     """
 
     def __init__(
@@ -95,10 +97,10 @@ class DecodeGraphs:
             self.captured[rung] = _Captured(*capture(partial(forward, tensors, self.previous)))
 
     def run(self, arrays: StepArrays, previous: torch.Tensor | None) -> torch.Tensor | None:
-        """Hidden states [B, E] of a decode step, which the next run may overwrite; None where no graph fits it.
+        """Hidden states [B, E] of a decode step, which the next run may overwrite; None if no graph fits.
 
-        That is a step with more requests than the largest rung, or one whose requests share so many blocks that their
-        tables are longer than the cache.
+        That is a step with more requests than the largest rung, or one whose requests share so many blocks
+        that their tables are longer than the cache.
         """
         rung = min((rung for rung in self.captured if rung >= arrays.num_requests), default=None)
         if rung is None or not arrays.is_decode or not self.buffer.fits(arrays):

@@ -6,8 +6,9 @@ buffer, cut into regions (`StepBuffer`). Knows no kernel's arithmetic, only how 
     host   | token_ids | positions | slots | ... | items of window 0 | ... | block_ids        |
               fixed sizes in a captured graph       used part copied          used part copied
 
-Invariants: nothing here waits for the device, but for a copy that was enqueued two steps before. A padding row (of
-a step that replays a graph for more requests than it has) writes to no slot, has no blocks and no items.
+Invariants: nothing here waits for the device, but for a copy that was enqueued two steps before. A padding
+row (of a step that replays a graph for more requests than it has) writes to no slot, has no blocks and no
+items.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ class StepArrays:
 
     token_ids, positions, slots, previous_rows: [T]; a token whose id only the device knows is row
     previous_rows[t] of the tokens sampled by the step before, else previous_rows[t] is -1. logit_rows: [R].
-    context_lens, block_starts, last_rows: [B]; query_starts: [B + 1]; block_ids: all requests' blocks, one after
-    the other. Per distinct window w, for requests with one new token: `item_starts{w}` [B + 1], `item_requests{w}`,
-    `item_splits{w}`. For the others: chunk_requests, chunk_firsts [tiles].
+    context_lens, block_starts, last_rows: [B]; query_starts: [B + 1]; block_ids: all requests' blocks, one
+    after the other. Per distinct window w, for requests with one new token: `item_starts{w}` [B + 1],
+    `item_requests{w}`, `item_splits{w}`. For the others: chunk_requests, chunk_firsts [tiles].
     """
 
     regions: dict[str, np.ndarray]
@@ -164,7 +165,10 @@ class StepTensors:
     def of(cls, tensors: Mapping[str, torch.Tensor], layout: AttentionLayout) -> StepTensors:
         """Of the regions by name."""
         splits = tuple(
-            SplitWork(tensors["last_rows"], *(tensors[f"item_{part}{w}"] for part in ("starts", "requests", "splits")))
+            SplitWork(
+                tensors["last_rows"],
+                *(tensors[f"item_{part}{w}"] for part in ("starts", "requests", "splits")),
+            )
             for w in range(len(layout.windows))
         )
         decodes = any(len(work.requests) for work in splits)
@@ -184,8 +188,8 @@ class StepTensors:
 class StepBuffer:
     """Regions of int32 on the device, filled by few asynchronous copies.
 
-    With `capacities` (ints by region) a region is always at the same place and of the same size, as a captured
-    graph needs; without, regions are as long as what is loaded, and the buffer grows.
+    With `capacities` (ints by region) a region is always at the same place and of the same size, as a
+    captured graph needs; without, regions are as long as what is loaded, and the buffer grows.
     """
 
     def __init__(self, device: torch.device, capacities: Mapping[str, int] | None = None) -> None:
@@ -248,8 +252,15 @@ def decode_capacities(
 ) -> dict[str, int]:
     """The regions of a captured decode step of `num_requests`, in the order of StepArrays."""
     names = (
-        "token_ids", "positions", "slots", "previous_rows", "logit_rows", "context_lens", "block_starts", "last_rows",
-    )  # fmt: skip
+        "token_ids",
+        "positions",
+        "slots",
+        "previous_rows",
+        "logit_rows",
+        "context_lens",
+        "block_starts",
+        "last_rows",
+    )
     sizes = dict.fromkeys(names, num_requests)
     sizes["query_starts"] = num_requests + 1
     for window in range(num_windows):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from paged import Paged, paged
+from paged_layer import Paged, paged
 
 from gqa_serve.engine.backends.cuda_step import StepArrays, StepTensors
 from gqa_serve.engine.kernels.triton import decode_attention as decode
@@ -41,7 +41,9 @@ def oracle(case: Paged, q: torch.Tensor, scores: Scores) -> torch.Tensor:
     return torch.stack(result)
 
 
-def attend(case: Paged, q: torch.Tensor, scores: Scores, *, exact: bool, twin: bool, programs: int = 3) -> torch.Tensor:
+def attend(
+    case: Paged, q: torch.Tensor, scores: Scores, *, exact: bool, twin: bool, programs: int = 3
+) -> torch.Tensor:
     """Both kernels over a step, as the backend calls them; rows that nobody writes stay NaN."""
     num_kv_heads, block_size, head_dim = case.kv.k.shape[1:]
     group = q.shape[1] // num_kv_heads
@@ -83,7 +85,9 @@ def check(
     exact: bool = False,
 ) -> None:
     """Kernel and twin against float64."""
-    case = paged(lens, num_kv_heads=num_kv_heads, head_dim=head_dim, block_size=block_size, dtype=FORMATS[form])
+    case = paged(
+        lens, num_kv_heads=num_kv_heads, head_dim=head_dim, block_size=block_size, dtype=FORMATS[form]
+    )
     q = queries(case, group, torch.float16 if form == "float16" else torch.float32)
     scores = Scores(head_dim**-0.5, soft_cap, window)
     expected = oracle(case, q, scores)
@@ -118,10 +122,10 @@ def test_kv_formats(form: str, lens: list[tuple[int, int]]) -> None:
     check(lens, form=form)
 
 
-@pytest.mark.parametrize("window", [1, 7, 64, 100, 300])
+@pytest.mark.parametrize("window", [1, 64, 100, 300])
 @pytest.mark.parametrize("exact", [False, True])
 def test_windows(window: int, exact: bool) -> None:
-    check(DECODE[-3:] + CHUNKS[1:4], window=window, exact=exact)
+    check([(255, 1), (700, 1), (0, 30), (250, 12)], window=window, exact=exact)
 
 
 @pytest.mark.parametrize("form", ["float32", "int8"])
@@ -143,21 +147,20 @@ def test_a_window_does_not_read_outside_itself() -> None:
 
 
 @pytest.mark.parametrize("window", [None, 90])
-@pytest.mark.parametrize("group", [1, 3, 4, 20])
+@pytest.mark.parametrize("group", [3, 20])
 def test_exact_chunks_have_the_bytes_of_decoding(group: int, window: int | None) -> None:
     """A prompt in one chunk, in several, and token by token."""
-    length, head_dim = 330, 32
+    computed, length, head_dim = 238, 36, 32
     scores = Scores(head_dim**-0.5, None, window)
-    whole = paged([(0, length)], num_kv_heads=1, head_dim=head_dim, block_size=16)
+    whole = paged([(computed, length)], num_kv_heads=1, head_dim=head_dim, block_size=16)
     q = queries(whole, group, torch.float32)
     expected = attend(whole, q, scores, exact=True, twin=False)
     (row,) = whole.plan.rows
-    cuts = [0, 1, 2, 35, 64, 255, 256, 257, 300, length]
+    cuts = [0, 1, 12, 18, 19, length]  # 18: a split ends at position 256
     for begin, end in itertools.pairwise(cuts):
-        row.start, row.token_ids = begin, [1] * (end - begin)
-        for programs in (1, 5):
-            part = attend(whole, q[begin:end], scores, exact=True, twin=False, programs=programs)
-            assert torch.equal(part, expected[begin:end])
+        row.start, row.token_ids = computed + begin, [1] * (end - begin)
+        part = attend(whole, q[begin:end], scores, exact=True, twin=False, programs=1 + begin % 2)
+        assert torch.equal(part, expected[begin:end])
 
 
 def test_neighbours_do_not_change_a_byte() -> None:

@@ -6,9 +6,10 @@
                                +---------+---------+---------+---------+---------+---
                                `------------- split 0 ----------------´ `- split 1 ...
 
-A program takes one item at a time: (request, split of 256 positions), for one KV head. All G query heads of the
-group are rows of one tile (padded to the 16 rows that a tensor core multiplies), so each K and V is read once per
-group. Splits are combined by their running maxima and sums: by a second kernel where a request has several.
+A program takes one item at a time: (request, split of 256 positions), for one KV head. All G query heads of
+the group are rows of one tile (padded to the 16 rows that a tensor core multiplies), so each K and V is
+read once per group. Splits are combined by their running maxima and sums: by a second kernel where a
+request has several.
 
 Owns the order in which a row is reduced: tiles and splits are counted from position 0, so it depends on the
 position alone. Knows no model, and nothing of which requests are computed: items come from the host.
@@ -58,14 +59,16 @@ class SplitWork(NamedTuple):
 
 
 class Partials(NamedTuple):
-    """Results of items until they are merged: values [room, KV, G, D], maxima and sums [room, KV, G] float32."""
+    """Items until they are merged: values [room, KV, G, D], maxima and sums [room, KV, G], all float32."""
 
     values: torch.Tensor
     maxima: torch.Tensor
     sums: torch.Tensor
 
     @classmethod
-    def allocate(cls, room: int, num_kv_heads: int, group_size: int, head_dim: int, device: torch.device) -> Partials:
+    def allocate(
+        cls, room: int, num_kv_heads: int, group_size: int, head_dim: int, device: torch.device
+    ) -> Partials:
         """Scratch for up to `room` items."""
         shape = (room, num_kv_heads, group_size)
         values = torch.empty((*shape, head_dim), dtype=torch.float32, device=device)
@@ -81,9 +84,26 @@ class Scores(NamedTuple):
 
 
 @triton.jit
-def load_tile(k, v, k_scale, v_scale, block_ids, kv_head, first, low, high, KV: tl.constexpr, BLOCK: tl.constexpr,
-              D: tl.constexpr, DIMS: tl.constexpr, TILE: tl.constexpr, SCALED: tl.constexpr):  # fmt: skip
-    """K [DIMS, TILE] and V [TILE, DIMS] of positions first .. first + TILE, zeros outside [low, high); and scales."""
+def load_tile(
+    k,
+    v,
+    k_scale,
+    v_scale,
+    block_ids,
+    kv_head,
+    first,
+    low,
+    high,
+    KV: tl.constexpr,
+    BLOCK: tl.constexpr,
+    D: tl.constexpr,
+    DIMS: tl.constexpr,
+    TILE: tl.constexpr,
+    SCALED: tl.constexpr,
+):
+    """K [DIMS, TILE] and V [TILE, DIMS] of positions first .. first + TILE, zeros outside [low, high); and
+    scales.
+    """
     position = first + tl.arange(0, TILE)
     seen = (position >= low) & (position < high)
     block = tl.load(block_ids + position // BLOCK, mask=seen, other=0).to(tl.int64)
@@ -102,9 +122,24 @@ def load_tile(k, v, k_scale, v_scale, block_ids, kv_head, first, low, high, KV: 
 
 
 @triton.jit
-def add_tile(q, tile_k, tile_v, of_k, of_v, visible, values, maxima, sums, scale, cap, CAPPED: tl.constexpr,
-             SCALED: tl.constexpr):  # fmt: skip
-    """One tile more of the online softmax to base 2. q [ROWS, DIMS]; visible [ROWS, TILE]; values [ROWS, DIMS]."""
+def add_tile(
+    q,
+    tile_k,
+    tile_v,
+    of_k,
+    of_v,
+    visible,
+    values,
+    maxima,
+    sums,
+    scale,
+    cap,
+    CAPPED: tl.constexpr,
+    SCALED: tl.constexpr,
+):
+    """One tile more of the online softmax to base 2. q [ROWS, DIMS]; visible [ROWS, TILE]; values [ROWS,
+    DIMS].
+    """
     scores = tl.dot(q, tile_k.to(q.dtype), input_precision="ieee")  # [ROWS, TILE]
     if SCALED:
         scores = scores * of_k[None, :]
@@ -127,11 +162,17 @@ def add_tile(q, tile_k, tile_v, of_k, of_v, visible, values, maxima, sums, scale
 
 @triton.jit
 def merge_parts(values, maxima, sums, more_values, more_maxima, more_sums):
-    """Two parts of a softmax become one; a part that saw nothing has maximum -inf and sum 0. values [ROWS, DIMS]."""
+    """Two parts of a softmax become one; a part that saw nothing has maximum -inf and sum 0. values [ROWS,
+    DIMS].
+    """
     new_maxima = tl.maximum(maxima, more_maxima)
     finite = tl.where(new_maxima == float("-inf"), 0.0, new_maxima)
     factor, more = tl.exp2(maxima - finite), tl.exp2(more_maxima - finite)
-    return values * factor[:, None] + more_values * more[:, None], new_maxima, sums * factor + more_sums * more
+    return (
+        values * factor[:, None] + more_values * more[:, None],
+        new_maxima,
+        sums * factor + more_sums * more,
+    )
 
 
 @triton.jit
@@ -141,11 +182,39 @@ def normalize(values, sums):
 
 
 @triton.jit
-def split_kernel(q, k, v, k_scale, v_scale, block_ids, block_starts, context_lens, tokens, item_starts, item_requests,
-                 item_splits, part_values, part_maxima, part_sums, out, num_requests, scale, cap, window,
-                 KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, DIMS: tl.constexpr,
-                 BLOCK: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr, WINDOWED: tl.constexpr,
-                 CAPPED: tl.constexpr, SCALED: tl.constexpr):  # fmt: skip
+def split_kernel(
+    q,
+    k,
+    v,
+    k_scale,
+    v_scale,
+    block_ids,
+    block_starts,
+    context_lens,
+    tokens,
+    item_starts,
+    item_requests,
+    item_splits,
+    part_values,
+    part_maxima,
+    part_sums,
+    out,
+    num_requests,
+    scale,
+    cap,
+    window,
+    KV: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    DIMS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    SCALED: tl.constexpr,
+):
     """Items program_id(0), + num_programs(0), ... of KV head program_id(1)."""
     kv_head = tl.program_id(1)
     head, dim = tl.arange(0, ROWS), tl.arange(0, DIMS)
@@ -179,16 +248,27 @@ def split_kernel(q, k, v, k_scale, v_scale, block_ids, block_starts, context_len
             result = normalize(values, sums)
             tl.store(out + row[:, None] * D + dim[None, :], result.to(out.dtype.element_ty), mask=real)
         else:
-            part = (item.to(tl.int64) * KV + kv_head) * G + head
+            part = (item * KV + kv_head) * G + head.to(tl.int64)
             tl.store(part_values + part[:, None] * D + dim[None, :], values, mask=real)
             tl.store(part_maxima + part, maxima, mask=head < G)
             tl.store(part_sums + part, sums, mask=head < G)
 
 
 @triton.jit
-def merge_kernel(part_values, part_maxima, part_sums, tokens, item_starts, out, KV: tl.constexpr, G: tl.constexpr,
-                 D: tl.constexpr, ROWS: tl.constexpr, DIMS: tl.constexpr):  # fmt: skip
-    """The items of request program_id(0), KV head program_id(1), in order; a single one is written already."""
+def merge_kernel(
+    part_values,
+    part_maxima,
+    part_sums,
+    tokens,
+    item_starts,
+    out,
+    KV: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    DIMS: tl.constexpr,
+):
+    """The items of request program_id(0), KV head program_id(1), in order; one alone is written already."""
     request, kv_head = tl.program_id(0), tl.program_id(1)
     begin, end = tl.load(item_starts + request), tl.load(item_starts + request + 1)
     if end - begin != 1:
@@ -199,7 +279,7 @@ def merge_kernel(part_values, part_maxima, part_sums, tokens, item_starts, out, 
         maxima = tl.full([ROWS], float("-inf"), tl.float32)
         sums = tl.zeros([ROWS], tl.float32)
         for item in range(begin, end):
-            part = (item.to(tl.int64) * KV + kv_head) * G + head
+            part = (item * KV + kv_head) * G + head.to(tl.int64)
             more_values = tl.load(part_values + part[:, None] * D + dim[None, :], mask=real, other=0.0)
             more_maxima = tl.load(part_maxima + part, mask=in_group, other=float("-inf"))
             more_sums = tl.load(part_sums + part, mask=in_group, other=0.0)
@@ -256,16 +336,51 @@ def decode_attention(
     scale, cap = score_factors(scores)
     num_requests = work.tokens.shape[0]
     split_kernel[(programs, num_kv_heads)](
-        q, kv.k, kv.v, kv.k_scale, kv.v_scale, blocks.ids, blocks.starts, blocks.context_lens, work.tokens,
-        work.starts, work.requests, work.splits, *partials, out, num_requests, scale, cap, scores.window or 0,
-        KV=num_kv_heads, G=group_size, D=head_dim, ROWS=tile.rows, DIMS=tile.dims, BLOCK=block_size, TILE=TILE,
-        SPLIT=SPLIT, WINDOWED=scores.window is not None, CAPPED=scores.soft_cap is not None,
-        SCALED=kv.k_scale is not None, num_warps=tile.num_warps, num_stages=tile.num_stages,
-    )  # fmt: skip
+        q,
+        kv.k,
+        kv.v,
+        kv.k_scale,
+        kv.v_scale,
+        blocks.ids,
+        blocks.starts,
+        blocks.context_lens,
+        work.tokens,
+        work.starts,
+        work.requests,
+        work.splits,
+        *partials,
+        out,
+        num_requests,
+        scale,
+        cap,
+        scores.window or 0,
+        KV=num_kv_heads,
+        G=group_size,
+        D=head_dim,
+        ROWS=tile.rows,
+        DIMS=tile.dims,
+        BLOCK=block_size,
+        TILE=TILE,
+        SPLIT=SPLIT,
+        WINDOWED=scores.window is not None,
+        CAPPED=scores.soft_cap is not None,
+        SCALED=kv.k_scale is not None,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
     merge_kernel[(num_requests, num_kv_heads)](
-        *partials, work.tokens, work.starts, out, KV=num_kv_heads, G=group_size, D=head_dim,
-        ROWS=triton.next_power_of_2(group_size), DIMS=tile.dims, num_warps=4, num_stages=4,
-    )  # fmt: skip
+        *partials,
+        work.tokens,
+        work.starts,
+        out,
+        KV=num_kv_heads,
+        G=group_size,
+        D=head_dim,
+        ROWS=triton.next_power_of_2(group_size),
+        DIMS=tile.dims,
+        num_warps=4,
+        num_stages=4,
+    )
 
 
 def decode_attention_twin(

@@ -1,18 +1,18 @@
 """Grouped attention of prompts: chunks of new tokens over the paged KV cache, ragged over requests.
 
-A program computes one tile of one request's new tokens for one KV head. A tile's rows are tokens times the G heads
-of the group, so that here too each K and V that is loaded serves the whole group:
+A program computes one tile of one request's new tokens for one KV head. A tile's rows are tokens times the
+G heads of the group, so that here too each K and V that is loaded serves the whole group:
 
     row          0     1     2     3     4     5   ...      (G = 3)
     token        t     t     t    t+1   t+1   t+1
     query head   0     1     2     0     1     2
 
-Owns which tiles of K and V a tile of rows reads: from the first position that its first token sees to the last
-that its last token sees. Softmax and splits are those of `decode_attention.py`.
+Owns which tiles of K and V a tile of rows reads: from the first position that its first token sees to the
+last that its last token sees. Softmax and splits are those of `decode_attention.py`.
 
-Invariant: with `exact`, a token's result has the bytes that the decode kernel gives for the same position, however
-its prompt was cut into chunks: rows and tiles have the same shapes, splits are merged in the same order. It
-costs speed, since a tile then has 16 rows instead of 128.
+Invariant: with `exact`, a token's result has the bytes that the decode kernel gives for the same position,
+however its prompt was cut into chunks: rows and tiles have the same shapes, splits are merged in the same
+order. It costs speed, since a tile then has 16 rows instead of 128.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class ChunkWork(NamedTuple):
     """The tiles of rows of a step.
 
     query_starts: [B + 1] int32, request b's new tokens are rows query_starts[b] to query_starts[b + 1] of q.
-    requests, firsts: [tiles] int32, a tile's request and the first of its tokens, counted from the request's first new one.
+    requests, firsts: [tiles] int32, a tile's request and the first of its tokens, counted from the
+    request's first new one.
     """
 
     query_starts: torch.Tensor
@@ -55,11 +56,35 @@ class ChunkWork(NamedTuple):
 
 
 @triton.jit
-def chunk_kernel(q, k, v, k_scale, v_scale, block_ids, block_starts, context_lens, query_starts, tile_requests,
-                 tile_firsts, out, scale, cap, window, KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
-                 ROWS: tl.constexpr, DIMS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr,
-                 WINDOWED: tl.constexpr, CAPPED: tl.constexpr, SCALED: tl.constexpr,
-                 EXACT: tl.constexpr):  # fmt: skip
+def chunk_kernel(
+    q,
+    k,
+    v,
+    k_scale,
+    v_scale,
+    block_ids,
+    block_starts,
+    context_lens,
+    query_starts,
+    tile_requests,
+    tile_firsts,
+    out,
+    scale,
+    cap,
+    window,
+    KV: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    DIMS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    SCALED: tl.constexpr,
+    EXACT: tl.constexpr,
+):
     """Tile program_id(0) of KV head program_id(1)."""
     kv_head = tl.program_id(1)
     request = tl.load(tile_requests + tl.program_id(0))
@@ -99,9 +124,20 @@ def chunk_kernel(q, k, v, k_scale, v_scale, block_ids, block_starts, context_len
                 position = (at + tl.arange(0, TILE))[None, :]
                 visible = (position >= low_of_row[:, None]) & (position < end[:, None])
                 more_values, more_maxima, more_sums = add_tile(
-                    tile_q, tile_k, tile_v, of_k, of_v, visible, more_values, more_maxima, more_sums, scale, cap,
-                    CAPPED, SCALED,
-                )  # fmt: skip
+                    tile_q,
+                    tile_k,
+                    tile_v,
+                    of_k,
+                    of_v,
+                    visible,
+                    more_values,
+                    more_maxima,
+                    more_sums,
+                    scale,
+                    cap,
+                    CAPPED,
+                    SCALED,
+                )
             values, maxima, sums = merge_parts(values, maxima, sums, more_values, more_maxima, more_sums)
     else:
         for at in range(low // TILE * TILE, high, TILE):
@@ -127,7 +163,7 @@ class PrefillConfig(NamedTuple):
 
 
 def config(group_size: int, head_dim: int, element_size: int, exact: bool) -> PrefillConfig:
-    """Tiles by shapes alone; with `exact`, the decode kernel's. `element_size` is of the KV cache, in bytes."""
+    """Tiles by shapes alone; with `exact`, the decode kernel's. `element_size`: of the cache, in bytes."""
     if exact:
         return PrefillConfig(*decode_config(group_size, head_dim, element_size))
     dims = triton.next_power_of_2(head_dim)
@@ -158,12 +194,36 @@ def prefill_attention(
     tile = config(group_size, head_dim, kv.k.element_size(), exact)
     scale, cap = score_factors(scores)
     chunk_kernel[(work.requests.shape[0], num_kv_heads)](
-        q, kv.k, kv.v, kv.k_scale, kv.v_scale, blocks.ids, blocks.starts, blocks.context_lens, work.query_starts,
-        work.requests, work.firsts, out, scale, cap, scores.window or 0, KV=num_kv_heads, G=group_size, D=head_dim,
-        ROWS=tile.rows, DIMS=tile.dims, BLOCK=block_size, TILE=TILE, SPLIT=SPLIT, WINDOWED=scores.window is not None,
-        CAPPED=scores.soft_cap is not None, SCALED=kv.k_scale is not None, EXACT=exact,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
-    )  # fmt: skip
+        q,
+        kv.k,
+        kv.v,
+        kv.k_scale,
+        kv.v_scale,
+        blocks.ids,
+        blocks.starts,
+        blocks.context_lens,
+        work.query_starts,
+        work.requests,
+        work.firsts,
+        out,
+        scale,
+        cap,
+        scores.window or 0,
+        KV=num_kv_heads,
+        G=group_size,
+        D=head_dim,
+        ROWS=tile.rows,
+        DIMS=tile.dims,
+        BLOCK=block_size,
+        TILE=TILE,
+        SPLIT=SPLIT,
+        WINDOWED=scores.window is not None,
+        CAPPED=scores.soft_cap is not None,
+        SCALED=kv.k_scale is not None,
+        EXACT=exact,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
 
 
 def prefill_attention_twin(

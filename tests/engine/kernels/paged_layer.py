@@ -1,4 +1,4 @@
-"""Random requests over a paged KV cache for kernel tests: scattered blocks, stale garbage where nobody looks."""
+"""Random requests over one layer of paged KV cache: scattered blocks, stale garbage where nobody looks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ class Paged:
         block = torch.tensor(row.block_ids)[position // self.block_size]
         values = stored[block, :, position % self.block_size].double()
         scale = getattr(self.kv, f"{name}_scale")
-        return values if scale is None else values * scale[block, :, position % self.block_size, None].double()
+        return (
+            values if scale is None else values * scale[block, :, position % self.block_size, None].double()
+        )
 
 
 def paged(
