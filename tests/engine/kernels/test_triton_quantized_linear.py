@@ -62,13 +62,15 @@ def poisoned(rows: int, n: int, dtype: torch.dtype) -> torch.Tensor:
 def test_the_layout_holds_the_numbers(n: int, k: int, bits: int, group: int, extra: str) -> None:
     weight, numbers = random_weight(n, k, bits, group, extra)
     assert weight.codes.dtype == torch.uint8
-    assert weight.codes.shape[0] * (8 // bits) % (group or 128) == 0
+    assert weight.codes.shape == (-(-k // ((group or 128) * (8 // bits))), n, group or 128)
     torch.testing.assert_close(dequantize(weight).double(), numbers, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("bits", "group", "extra"), KINDS)
-@pytest.mark.parametrize(("rows", "n", "k"), [(1, 70, 260), (3, 17, 33), (130, 33, 256)])
+@pytest.mark.parametrize(
+    ("rows", "n", "k", "dtype"),
+    [(1, 70, 260, torch.float16), (3, 17, 33, torch.float32), (66, 33, 256, torch.float16)],
+)
 def test_equals_its_twin_and_float64(
     rows: int, n: int, k: int, bits: int, group: int, extra: str, dtype: torch.dtype
 ) -> None:
@@ -85,13 +87,13 @@ def test_equals_its_twin_and_float64(
 
 
 @pytest.mark.parametrize("rows", [1, 20])
-@pytest.mark.parametrize(("bits", "group", "extra"), [(8, 0, ""), (8, 32, ""), (4, 32, "minimum")])
+@pytest.mark.parametrize(("bits", "group", "extra"), [(8, 0, ""), (4, 32, "minimum")])
 def test_split_inputs_add_up(rows: int, bits: int, group: int, extra: str) -> None:
     """Enough inputs for several splits of unequal length, the last group cut short, with a bias."""
-    n, k = 40, 1700
+    n, k = 40, 1100
     weight, numbers = random_weight(n, k, bits, group, extra)
-    steps = weight.codes.shape[0] // (group or 128)
-    tile = config(rows, n, steps, bits, 2, deterministic=False)
+    steps = weight.codes.shape[0]
+    tile = config(rows, n, steps, group or 128, bits, 2, deterministic=False)
     assert tile.splits > 1
     assert steps % tile.splits
     x = torch.randn(rows, k, generator=torch.Generator().manual_seed(7)).half()
@@ -105,23 +107,23 @@ def test_split_inputs_add_up(rows: int, bits: int, group: int, extra: str) -> No
 
 @pytest.mark.parametrize(("bits", "group", "extra"), [(8, 0, ""), (4, 32, "minimum"), (4, 128, "zero")])
 def test_a_row_does_not_depend_on_the_others_when_deterministic(bits: int, group: int, extra: str) -> None:
-    n, k = 70, 520
+    n, k = 33, 264
     weight, _ = random_weight(n, k, bits, group, extra)
-    x = torch.randn(131, k, generator=torch.Generator().manual_seed(3)).half()
-    whole = quantized_linear(x, weight, None, poisoned(131, n, torch.float16), True)
-    for begin, end in ((0, 1), (7, 24), (66, 131)):
+    x = torch.randn(71, k, generator=torch.Generator().manual_seed(3)).half()
+    whole = quantized_linear(x, weight, None, poisoned(71, n, torch.float16), True)
+    for begin, end in ((0, 1), (7, 24), (66, 71)):
         part = quantized_linear(x[begin:end], weight, None, poisoned(end - begin, n, torch.float16), True)
         assert torch.equal(part, whole[begin:end])
 
 
 def test_the_tile_is_a_function_of_shapes_alone() -> None:
-    fixed = {config(rows, 4096, 32, 8, 2, deterministic=True) for rows in (1, 16, 17, 64, 65, 4096)}
+    fixed = {config(rows, 4096, 32, 128, 8, 2, deterministic=True) for rows in (1, 16, 17, 64, 65, 4096)}
     assert len(fixed) == 1
     assert fixed.pop().splits == 1
-    assert config(1, 4096, 32, 8, 2, deterministic=False).splits == 4
-    assert config(1, 28672, 32, 8, 2, deterministic=False).splits == 1  # enough programs without
-    assert config(1, 64, 1, 8, 2, deterministic=False).splits == 1  # nothing to split
-    assert config(4096, 4096, 32, 8, 2, deterministic=False).splits == 1
+    assert config(1, 4096, 32, 128, 8, 2, deterministic=False).splits == 4
+    assert config(1, 28672, 32, 128, 8, 2, deterministic=False).splits == 1  # enough programs without
+    assert config(1, 64, 1, 128, 8, 2, deterministic=False).splits == 1  # nothing to split
+    assert config(4096, 4096, 32, 128, 8, 2, deterministic=False).splits == 1
 
 
 def test_rows_of_wider_tensors_and_no_rows() -> None:

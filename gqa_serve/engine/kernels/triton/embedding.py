@@ -1,7 +1,7 @@
 """Rows of a quantized table: the embedding of a model whose vocabulary is held in 8 or 4 bits.
 
-Owns the lookup in the layout of `quantized_linear`, where a token's numbers lie a row apart, so that one
-matrix serves as the output head and as the table. Tables that are not quantized are torch's business.
+Owns the lookup in the layout of `quantized_linear`, where only a group's numbers lie side by side, so that
+one matrix serves as the output head and as the table. Tables that are not quantized are torch's business.
 """
 
 from __future__ import annotations
@@ -28,11 +28,9 @@ def _embed_kernel(
     k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = k < K
     group = k // GROUP
-    if BITS == 8:
-        codes = tl.load(codes_ptr + k.to(tl.int64) * N + token, mask=inside, other=0)
-    else:
-        byte = (group // 2) * GROUP + k % GROUP
-        codes = tl.load(codes_ptr + byte.to(tl.int64) * N + token, mask=inside, other=0)
+    step = group if BITS == 8 else group // 2
+    codes = tl.load(codes_ptr + (step.to(tl.int64) * N + token) * GROUP + k % GROUP, mask=inside, other=0)
+    if BITS == 4:
         codes = tl.where(group % 2 == 0, codes & 15, codes >> 4)
     at = token if ONE_SCALE else group.to(tl.int64) * N + token
     scale = tl.load(scale_ptr + at, mask=None if ONE_SCALE else inside).to(tl.float32)

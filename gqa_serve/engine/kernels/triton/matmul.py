@@ -61,7 +61,10 @@ def _matmul_kernel(
         else:
             x = tl.load(x_ptrs + start, mask=k[None, :] < K - start, other=0.0)
             w = tl.load(w_ptrs + start, mask=k[:, None] < K - start, other=0.0)
-        acc = tl.dot(x, w, acc, input_precision="ieee")
+        if x_scale_ptr is not None:  # Hopper adds float8 products in 14 bits: no further than one step
+            acc = tl.dot(x, w, acc, max_num_imprecise_acc=BLOCK_K)
+        else:
+            acc = tl.dot(x, w, acc, input_precision="ieee")
     if x_scale_ptr is not None:
         acc *= tl.load(x_scale_ptr + row, mask=row < T, other=0.0)[:, None]
         acc *= tl.load(weight_scale_ptr + column, mask=column < N, other=0.0)[None, :]

@@ -2,12 +2,12 @@
 
 Owns the layout of such weights and the product. Does not know who quantized them (`weights/`), or why.
 
-    codes [K', N] uint8     8 bits: row k holds input k
-                            4 bits: of inputs in chunks of two groups, row c * G + i holds input c * 2G + i in
-                                    the low halves of its bytes and c * 2G + G + i in the high ones
-    scale [K' / G, N]       weight = scale * (code - zero), or scale * code + minimum
+    codes [S, N, G] uint8    8 bits: step s, of S, holds group s
+                             4 bits: group 2s in the low halves of its bytes, group 2s + 1 in the high ones
+    scale [groups, N]        weight = scale * (code - zero), or scale * code + minimum
 
-so that the outputs of a row lie side by side, whatever the group, and a byte is unpacked where it is loaded.
+A tile of a step is one run of memory whatever the group is, and the inputs of an output lie side by side, as
+the tensor cores take them.
 Invariant: codes are multiplied exactly and a group's sum is scaled in float32 (with a minimum, weights are
 rounded to the activations' dtype first). Groups are added in order, in splits that depend on N and K.
 """
@@ -58,47 +58,58 @@ class Config(NamedTuple):
     num_stages: int
 
 
-def config(rows: int, n: int, steps: int, bits: int, itemsize: int, deterministic: bool) -> Config:
-    """The tile for `rows` tokens and weights of n outputs and `steps` steps of inputs.
+def config(
+    rows: int, n: int, steps: int, width: int, bits: int, itemsize: int, deterministic: bool
+) -> Config:
+    """The tile for `rows` tokens and weights of n outputs and `steps` steps, each `width` bytes of an output.
 
-    With few rows weights are all the traffic, so K is split until there are programs for the whole GPU. With
-    many the tile is the largest whose sums stay in registers, twice over for the two groups of 4-bit steps.
-    With `deterministic` nothing depends on the number of rows.
+    With few rows weights are all the traffic: K is split until there are programs for the whole GPU, each with
+    12 to 24 KiB of weights under way. With many the tile is the largest whose sums stay in registers, twice
+    over for the two groups of 4-bit steps. With `deterministic` nothing depends on the number of rows.
     """
-    if deterministic or itemsize == 4:
-        return Config(32, 64, 1, 4, 3 if itemsize < 4 else 2)
+    if itemsize == 4:
+        return Config(32, 64, 1, 4, 2)
+    if deterministic:
+        return Config(32, 64, 1, 4, 2 + 128 // width)
     if rows > 64:
         return Config(128, 128 if bits == 8 else 64, 1, 8, 2)
-    tiles = triton.cdiv(n, 64)
-    splits = max(1, min(_BUSY // tiles, steps // 4, _MAX_SPLITS))
-    return Config(max(16, triton.next_power_of_2(rows)), 64, splits, 4, 4 if rows <= 32 else 3)
+    splits = max(1, min(_BUSY // triton.cdiv(n, 64), steps // 4, _MAX_SPLITS))
+    stages = 3 if rows > 32 else 3 + 128 // width
+    return Config(max(16, triton.next_power_of_2(rows)), 64, splits, 4, stages)
 
 
 @triton.jit
-def _numbers(codes, bias):
-    """codes - (bias - 2^23), exactly: a code's bits are the low ones of the float32 2^23 + code."""
-    return ((codes.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True)) - bias
+def _numbers(codes, zero, BITS: tl.constexpr, like: tl.constexpr):
+    """codes - zero in the dtype `like`, exactly and without a conversion, which GPUs do slowly.
+
+    The low bits of 2^m in a float of m + 1 bits are a code's own: 2^m + code by an "or".
+    """
+    if like == tl.float16:
+        return (codes.to(tl.int16) | 0x6400).to(tl.float16, bitcast=True) - (zero + 1024.0).to(tl.float16)
+    elif like == tl.bfloat16 and BITS == 4:
+        return (codes.to(tl.int16) | 0x4300).to(tl.bfloat16, bitcast=True) - (zero + 128.0).to(tl.bfloat16)
+    else:
+        return ((codes.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - (zero + 8388608.0)).to(like)
 
 
 @triton.jit
 def _add_group(
-    acc, x, codes, scale_ptrs, zero_ptrs, minimum_ptrs, inside,
-    MIDDLE: tl.constexpr, ONE_SCALE: tl.constexpr,
+    acc, x, codes, scale_ptrs, zero_ptrs, minimum_ptrs, inside, BITS: tl.constexpr, ONE_SCALE: tl.constexpr
 ):  # fmt: skip
-    """acc + x @ the weights of one group."""
+    """acc + x @ the weights of one group, whose codes are [BLOCK_N, GROUP]."""
+    middle = tl.full((1, 1), 1 << (BITS - 1), dtype=tl.float32)
     if ONE_SCALE:  # applied once, at the end
-        return tl.dot(x, _numbers(codes, 8388608.0 + MIDDLE).to(x.dtype), acc, input_precision="ieee")
+        weights = _numbers(codes, middle, BITS, x.dtype)
+        return tl.dot(x, weights.trans(), acc, input_precision="ieee")
     scale = tl.load(scale_ptrs, mask=inside, other=0.0).to(tl.float32)
     if minimum_ptrs is not None:
         minimum = tl.load(minimum_ptrs, mask=inside, other=0.0).to(tl.float32)
-        weights = _numbers(codes, 8388608.0) * scale[None, :] + minimum[None, :]
-        return tl.dot(x, weights.to(x.dtype), acc, input_precision="ieee")
+        weights = _numbers(codes, middle * 0.0, BITS, tl.float32) * scale[:, None] + minimum[:, None]
+        return tl.dot(x, weights.to(x.dtype).trans(), acc, input_precision="ieee")
     if zero_ptrs is not None:
-        zero = tl.load(zero_ptrs, mask=inside, other=0).to(tl.float32)
-        weights = _numbers(codes, 8388608.0 + zero[None, :])
-    else:
-        weights = _numbers(codes, 8388608.0 + MIDDLE)
-    return acc + tl.dot(x, weights.to(x.dtype), input_precision="ieee") * scale[None, :]
+        middle = tl.load(zero_ptrs, mask=inside, other=0).to(tl.float32)[:, None]
+    weights = _numbers(codes, middle, BITS, x.dtype)
+    return acc + tl.dot(x, weights.trans(), input_precision="ieee") * scale[None, :]
 
 
 @triton.jit(do_not_specialize=["T", "split_stride", "steps", "steps_per_split"])
@@ -117,14 +128,12 @@ def _quantized_linear_kernel(
     i = tl.arange(0, GROUP)
     x_ptrs = x_ptr + tl.minimum(row, T - 1).to(tl.int64)[:, None] * x_stride + i[None, :]
     first = split * steps_per_split
-    code_rows = first.to(tl.int64) * GROUP + i
-    code_ptrs = codes_ptr + code_rows[:, None] * N + column[None, :]
+    code_ptrs = codes_ptr + (first.to(tl.int64) * N + column)[:, None] * GROUP + i[None, :]
     PARTS: tl.constexpr = 8 // BITS  # groups in a byte
-    MIDDLE: tl.constexpr = 1 << (BITS - 1)
     acc = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
     for step in range(first, tl.minimum(steps, first + steps_per_split)):
-        packed = tl.load(code_ptrs, mask=inside[None, :], other=0)
-        code_ptrs += GROUP * N
+        packed = tl.load(code_ptrs, mask=inside[:, None], other=0)
+        code_ptrs += N * GROUP
         for part in tl.static_range(PARTS):
             group = step * PARTS + part
             start = group * GROUP
@@ -137,7 +146,7 @@ def _quantized_linear_kernel(
             zero_ptrs = None if zero_ptr is None else zero_ptr + at
             minimum_ptrs = None if minimum_ptr is None else minimum_ptr + at
             acc = _add_group(
-                acc, x, codes, scale_ptr + at, zero_ptrs, minimum_ptrs, inside, MIDDLE, ONE_SCALE
+                acc, x, codes, scale_ptr + at, zero_ptrs, minimum_ptrs, inside, BITS, ONE_SCALE
             )  # fmt: skip
     if ONE_SCALE:
         acc *= tl.load(scale_ptr + column, mask=inside, other=0.0).to(tl.float32)[None, :]
@@ -178,8 +187,8 @@ def quantized_linear(
     if rows == 0:
         return out
     group = weight.group or ONE_GROUP
-    steps = weight.codes.shape[0] // group
-    tile = config(rows, n, steps, weight.bits, x.element_size(), deterministic)
+    steps = weight.codes.shape[0]
+    tile = config(rows, n, steps, group, weight.bits, x.element_size(), deterministic)
     split = tile.splits > 1
     # The parts of a split sum, in order.
     target = torch.empty((tile.splits, rows, n), dtype=torch.float32, device=x.device) if split else out
@@ -228,12 +237,9 @@ def arrange(
     """
     n, k = codes.shape
     width = group or ONE_GROUP
-    per_step = width * (8 // bits)
-    padding = -k % per_step
-    rows = F.pad(codes, (0, padding)).t()  # [K, n], inputs first
-    if bits == 4:
-        low, high = rows.view(-1, 2, width, n).unbind(1)  # [chunks, G, n]
-        rows = (low | high << 4).reshape(-1, n)
+    padding = -k % (width * (8 // bits))
+    steps = F.pad(codes, (0, padding)).view(n, -1, 8 // bits, width).permute(1, 2, 0, 3)  # [S, 1 or 2, n, G]
+    packed = steps[:, 0] if bits == 8 else steps[:, 0] | steps[:, 1] << 4
 
     def by_group(values: torch.Tensor | None) -> torch.Tensor | None:
         if values is None:
@@ -243,28 +249,26 @@ def arrange(
 
     scales = by_group(scale)
     assert scales is not None
-    return Quantized(rows.contiguous(), scales, by_group(zero), by_group(minimum), n, k, bits, group)
+    return Quantized(packed.contiguous(), scales, by_group(zero), by_group(minimum), n, k, bits, group)
 
 
 def dequantize(weight: Quantized) -> torch.Tensor:
     """The matrix [n, k] in float32."""
-    width = weight.group or ONE_GROUP
-    rows = weight.codes
+    steps = weight.codes[:, None]
     if weight.bits == 4:
-        rows = torch.stack((rows & 15, rows >> 4), 1)  # [K', 2, n]
-        rows = rows.view(-1, width, 2, weight.n).transpose(1, 2).reshape(-1, weight.n)
-    repeats = width if weight.group else rows.shape[0]
+        steps = torch.cat((steps & 15, steps >> 4), dim=1)
+    codes = steps.permute(2, 0, 1, 3).reshape(weight.n, -1).float()  # [n, K]
 
     def by_input(values: torch.Tensor) -> torch.Tensor:
-        return values.float().repeat_interleave(repeats, dim=0)
+        """[groups, n] -> [n, K], or [n, 1]."""
+        return values.t().float().repeat_interleave(weight.group or 1, dim=1)
 
-    middle = torch.tensor(float(1 << (weight.bits - 1)), device=rows.device)
     if weight.minimum is not None:
-        numbers = rows.float() * by_input(weight.scale) + by_input(weight.minimum)
+        numbers = codes * by_input(weight.scale) + by_input(weight.minimum)
     else:
-        zero = middle if weight.zero is None else by_input(weight.zero)
-        numbers = (rows.float() - zero) * by_input(weight.scale)
-    return numbers[: weight.k].t()
+        zero = float(1 << (weight.bits - 1)) if weight.zero is None else by_input(weight.zero)
+        numbers = (codes - zero) * by_input(weight.scale)
+    return numbers[:, : weight.k]
 
 
 def variants() -> Iterator[Variant]:
@@ -275,7 +279,9 @@ def variants() -> Iterator[Variant]:
     )  # fmt: skip
     for rows, (bits, group, scale, extra) in product((1, 32, 2048, None), kinds):
         width = group or ONE_GROUP
-        tile = config(rows or 1, 4096, 4096 // (width * (8 // bits)), bits, 2, deterministic=rows is None)
+        tile = config(
+            rows or 1, 4096, 4096 // (width * (8 // bits)), width, bits, 2, deterministic=rows is None
+        )
         for element in ("bf16", "fp16") if rows == 1 else ("bf16",):
             signature = {"x_ptr": f"*{element}", "codes_ptr": "*u8", "scale_ptr": f"*{scale}"}
             signature["out_ptr"] = f"*{'fp32' if tile.splits > 1 else element}"
