@@ -303,12 +303,14 @@ class DecodeConfig(NamedTuple):
 def config(group_size: int, head_dim: int, element_size: int) -> DecodeConfig:
     """Tiles by shapes alone; `element_size` is of the KV cache, in bytes.
 
-    Two tiles of K and V on their way hide memory's latency; float32 or head_dim 256 leave room for one.
+    Block ids are loaded one iteration before the K and V that they point to, so it takes five stages until the
+    next tile of K and V is on its way while one is multiplied; where tiles are larger, three, and other programs
+    of the multiprocessor hide the wait. Eight warps hold what four would spill.
     """
     rows = max(MIN_ROWS, triton.next_power_of_2(group_size))
     dims = triton.next_power_of_2(head_dim)
-    num_stages = 3 if 2 * TILE * dims * element_size <= 2**15 else 2
-    return DecodeConfig(rows, dims, 4 if rows <= 16 else 8, num_stages)
+    num_stages = 5 if 2 * TILE * dims * element_size <= 2**15 else 3
+    return DecodeConfig(rows, dims, 4 if rows <= 16 and dims <= 128 else 8, num_stages)
 
 
 def score_factors(scores: Scores) -> tuple[float, float]:
@@ -423,8 +425,8 @@ def attend_twin(
 
 
 def variants() -> Iterator[Variant]:
-    """What differs in code: types, head sizes, groups (up to 16 heads are the same rows, masked otherwise), windows
-    and caps. The number of KV heads and the block size are factors of addresses.
+    """What differs in code: types, head sizes, groups (up to 16 heads are the same rows, masked otherwise),
+    windows and caps. The number of KV heads and the block size are factors of addresses.
     """
     shapes = [("bf16", "bf16", dim, group) for dim in (64, 80, 96, 128, 256) for group in (1, 4)]
     shapes += [("bf16", "bf16", 128, group) for group in (3, 5, 7, 8, 16)]
@@ -470,8 +472,8 @@ def _split_variant(
     signature |= dict.fromkeys(("part_values", "part_maxima", "part_sums"), "*fp32")
     signature |= {"num_requests": "i32", "scale": "fp32", "cap": "fp32", "window": "i32"}
     constexprs: dict[str, object] = {
-        "KV": 8, "G": group, "D": dim, "ROWS": tile.rows, "DIMS": tile.dims, "BLOCK": 16, "TILE": TILE, "SPLIT": SPLIT,
-        "WINDOWED": windowed, "CAPPED": capped, "SCALED": scaled,
+        "KV": 8, "G": group, "D": dim, "ROWS": tile.rows, "DIMS": tile.dims, "BLOCK": 16, "TILE": TILE,
+        "SPLIT": SPLIT, "WINDOWED": windowed, "CAPPED": capped, "SCALED": scaled,
     }  # fmt: skip
     if scaled:
         signature |= {"k_scale": "*fp32", "v_scale": "*fp32"}

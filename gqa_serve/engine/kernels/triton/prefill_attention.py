@@ -170,7 +170,7 @@ def config(group_size: int, head_dim: int, element_size: int, exact: bool) -> Pr
         return PrefillConfig(*decode_config(group_size, head_dim, element_size))
     dims = triton.next_power_of_2(head_dim)
     rows = _ROWS if dims <= 128 and element_size <= 2 else _WIDE_ROWS
-    return PrefillConfig(max(rows, triton.next_power_of_2(group_size)), dims, rows // 16, 2)
+    return PrefillConfig(max(rows, triton.next_power_of_2(group_size)), dims, 8, 2)
 
 
 def tokens_per_tile(group_size: int, head_dim: int, element_size: int, exact: bool) -> int:
@@ -281,8 +281,8 @@ def _chunk_variant(
     signature |= dict.fromkeys(ints, "*i32")
     signature |= {"scale": "fp32", "cap": "fp32", "window": "i32"}
     constexprs: dict[str, object] = {
-        "KV": 8, "G": group, "D": dim, "ROWS": tile.rows, "DIMS": tile.dims, "BLOCK": 16, "TILE": TILE, "SPLIT": SPLIT,
-        "WINDOWED": windowed, "CAPPED": capped, "SCALED": scaled, "EXACT": exact,
+        "KV": 8, "G": group, "D": dim, "ROWS": tile.rows, "DIMS": tile.dims, "BLOCK": 16, "TILE": TILE,
+        "SPLIT": SPLIT, "WINDOWED": windowed, "CAPPED": capped, "SCALED": scaled, "EXACT": exact,
     }  # fmt: skip
     if scaled:
         signature |= {"k_scale": "*fp32", "v_scale": "*fp32"}
