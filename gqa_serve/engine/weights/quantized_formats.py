@@ -152,7 +152,7 @@ class PlainQuantized(QuantizedFormat):
             "q_scale",
             "k_scale",
             "v_scale",
-            "activation_scale",
+            "kv_scale",
         }
     )
 
