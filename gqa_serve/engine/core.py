@@ -178,7 +178,7 @@ class Engine:
         for request, row in scheduled:
             self.scheduler.launched(request, row)
         for index, request in enumerate(sampling):
-            request.num_unknown_tokens += 1
+            request.num_tokens += 1
             request.sample_row = index
         scored = [request for request, _ in ends if request.params.max_tokens == 0]
         return _Step(scheduled, sampling, scored, samples, prompt_scores)
@@ -243,7 +243,6 @@ class Engine:
             return self._end(request, "error", error=_NO_TOKEN)
         params, token = request.params, sample.token_id
         request.tokens.append(token)
-        request.num_unknown_tokens -= 1
         num_known = len(request.tokens)  # a step in flight may be choosing one more
         is_stop = token in params.stop_token_ids or (token in self._eos and not params.ignore_eos)
         if is_stop and num_known - request.num_prompt_tokens > params.min_tokens:

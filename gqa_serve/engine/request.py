@@ -248,11 +248,11 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
 class Request:
     """An `EngineRequest` under way inside the engine.
 
-    `tokens` is the prompt followed by the output, as far as their values are known here. Of the
-    `num_unknown_tokens` after them, which steps in flight choose, only the number is: the latest is in row
-    `sample_row` of what its step sampled. `num_computed_tokens` have their KV in the cache, or will once the
-    steps in flight are done; the scheduler's one rule makes it catch up with `num_tokens`. Never more than
-    `max_num_tokens` in all. Lower `order` runs first.
+    `tokens` is the prompt followed by the output, as far as their values are known here. `num_tokens` counts
+    those too that steps in flight choose; the latest is row `sample_row` of what its step samples.
+    `num_computed_tokens` have their KV in the cache, or will once the steps in flight are done; the one rule
+    of the scheduler makes it catch up with `num_tokens`, which ends at `max_num_tokens`. Lower `order` runs
+    first.
     """
 
     def __init__(self, spec: EngineRequest, arrival: int, seed: int, max_model_len: int) -> None:
@@ -262,9 +262,8 @@ class Request:
         self.order = (spec.priority, arrival)
         self.seed = seed
         self.tokens = list(spec.prompt)
-        self.num_unknown_tokens = 0
+        self.num_tokens = self.num_prompt_tokens = len(spec.prompt)
         self.sample_row = -1
-        self.num_prompt_tokens = len(spec.prompt)
         self.max_num_tokens = max_model_len
         if spec.params.max_tokens is not None:
             self.max_num_tokens = min(max_model_len, len(spec.prompt) + spec.params.max_tokens)
@@ -276,13 +275,8 @@ class Request:
         self.has_output = False
 
     @property
-    def num_tokens(self) -> int:
-        """Prompt and output tokens."""
-        return len(self.tokens) + self.num_unknown_tokens
-
-    @property
     def num_output_tokens(self) -> int:
-        """Tokens generated so far."""
+        """Tokens generated so far, those included whose value is not known yet."""
         return self.num_tokens - self.num_prompt_tokens
 
     @property
@@ -301,7 +295,7 @@ class Request:
         return self.params.prompt_logprobs is not None and not self.has_output
 
     def add_prompt_logprobs(self, start: int, entries: Iterable[TokenLogprobs]) -> None:
-        """Those that a row from `start` on gave; after a preemption they come again from the beginning."""
+        """Those that a row beginning at `start` gave. After a preemption they all come again."""
         if start == 0:
             self.prompt_logprobs = [None]
         self.prompt_logprobs += entries

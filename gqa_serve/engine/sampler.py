@@ -233,9 +233,10 @@ def _changes_logits(request: Request) -> bool:
 def _choose(tokens: torch.Tensor, rows: Sequence[int], choices: torch.Tensor) -> torch.Tensor:
     """`tokens` [R] with `choices` [len(rows)] in their place, but for rows that have no token already."""
     if len(rows) == len(tokens):
-        return torch.where(tokens >= 0, choices, -1)
+        return torch.where(tokens < 0, tokens, choices)
     index = to_device(rows, tokens.device)
-    return tokens.index_put((index,), torch.where(tokens[index] >= 0, choices, -1))
+    kept = tokens[index]
+    return tokens.index_put((index,), torch.where(kept < 0, kept, choices))
 
 
 class TorchRows:

@@ -109,15 +109,20 @@ class Scheduler:
 
     def _schedule_running(self, chosen: dict[Request, int]) -> int:
         """Give tokens to running requests; returns what is left of the budget."""
-        decoding = [request for request in self.running if request.num_pending_tokens == 1]
-        catching_up = [request for request in self.running if request.num_pending_tokens > 1]
+        decoding: list[tuple[Request, int]] = []
+        catching_up: list[tuple[Request, int]] = []
+        for request in self.running:
+            pending = request.num_pending_tokens
+            if pending > 0:
+                (decoding if pending == 1 else catching_up).append((request, pending))
         budget = self.limits.max_num_batched_tokens
-        for request in decoding + catching_up:
+        preemptions = self.num_preemptions
+        for request, pending in decoding + catching_up:
             if budget == 0:
                 break
-            if request not in self.running:
+            if self.num_preemptions > preemptions and request not in self.running:
                 continue  # preempted by one before it in this loop
-            count = min(request.num_pending_tokens, budget)
+            count = min(pending, budget)
             while not self.kv.extend(request.request_id, request.num_computed_tokens + count):
                 victim = self.running[-1]
                 budget += chosen.pop(victim, 0)

@@ -28,6 +28,7 @@ def make(tokens: list[int], output: list[int] = [], seed: int = 0, **params: obj
     spec = EngineRequest(request_id=f"r{seed}", prompt=tokens, params=SamplingParams(**params))
     request = Request(spec, 0, seed, 4096)
     request.tokens += output
+    request.num_tokens += len(output)
     return request
 
 
@@ -131,6 +132,7 @@ def test_penalties_follow_the_output_as_it_grows() -> None:
     for _ in range(20):
         (sample,) = sampler.launch(logits, [request]).result()
         request.tokens.append(sample.token_id)
+        request.num_tokens += 1
         seen.append(sample.token_id)
     assert len(set(seen)) == 20  # each choice makes itself less likely than all others
     sampler.forget(request.request_id)
@@ -145,6 +147,7 @@ def test_logit_bias_and_min_tokens() -> None:
     held = make([1], temperature=0, min_tokens=2, stop_token_ids=[4])
     assert Sampler([3]).launch(logits, [held]).result()[0].token_id not in (3, 4)
     held.tokens += [50, 51]
+    held.num_tokens += 2
     assert Sampler([3]).launch(logits, [held]).result()[0].token_id == 3
 
 

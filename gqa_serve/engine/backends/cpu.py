@@ -25,6 +25,7 @@ from gqa_serve.engine.backends.base import (
 )
 from gqa_serve.engine.backends.cpu_recorder import Recorder
 from gqa_serve.engine.kernels.cpu import load
+from gqa_serve.engine.transfer import to_device
 from gqa_serve.engine.weights.block_tensor import BlockTensor
 from gqa_serve.engine.weights.quantized_matrix import QuantizedMatrix
 from gqa_serve.errors import CacheCapacityError, UnsupportedModelError
@@ -307,7 +308,7 @@ class NativeRows:
 
     def argmax(self, logits: torch.Tensor) -> torch.Tensor:
         logits = logits.contiguous()
-        return torch.tensor(self.program.argmax(logits.data_ptr(), *logits.shape), dtype=torch.int64)
+        return to_device(self.program.argmax(logits.data_ptr(), *logits.shape), logits.device)
 
     def draw(
         self,
@@ -328,4 +329,4 @@ class NativeRows:
             [p.min_p for p in params],
             list(units),
         )
-        return torch.tensor(tokens, dtype=torch.int64)
+        return to_device(tokens, logits.device)

@@ -28,6 +28,7 @@ from gqa_serve.engine.backends.base import (
 )
 from gqa_serve.engine.backends.cuda_graphs import Capture, DecodeGraphs
 from gqa_serve.engine.backends.cuda_linear import CudaWeights
+from gqa_serve.engine.backends.cuda_rows import CudaRows
 from gqa_serve.engine.backends.cuda_step import StepArrays, StepBuffer, StepTensors, decode_capacities
 from gqa_serve.engine.kernels.triton.activations import gated_activation
 from gqa_serve.engine.kernels.triton.decode_attention import SPLIT, Partials, Scores, decode_attention
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from gqa_serve.engine.batch import ForwardBatch, StepPlan
     from gqa_serve.engine.model_config import Activation, ModelConfig
     from gqa_serve.engine.models.decoder import Decoder
+    from gqa_serve.engine.sampler import RowOperations
     from gqa_serve.engine.weights.quantized_matrix import QuantizedMatrix
 
 # Programs of the decode kernel per multiprocessor, over all KV heads: two or three run at once, and what is
@@ -127,6 +129,9 @@ class CudaBackend(Backend):
         if scale != 1.0:
             logits = logits * scale
         return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def row_operations(self) -> RowOperations:
+        return CudaRows()
 
     def partials(self, room: int, layout: AttentionLayout) -> Partials:
         """Scratch of the decode kernel for `room` items at least, the same from layer to layer."""

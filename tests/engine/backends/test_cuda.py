@@ -15,10 +15,13 @@ from gqa_serve.config import EngineConfig
 from gqa_serve.engine import model_runner
 from gqa_serve.engine.backends.cuda import CudaBackend
 from gqa_serve.engine.backends.cuda_graphs import DecodeGraphs, ladder
+from gqa_serve.engine.backends.cuda_rows import CudaRows
 from gqa_serve.engine.backends.cuda_step import StepArrays, StepBuffer, decode_capacities
 from gqa_serve.engine.batch import PlanRow, StepPlan
 from gqa_serve.engine.core import Engine
 from gqa_serve.engine.model_runner import ModelRunner
+from gqa_serve.engine.request import SamplingParams
+from gqa_serve.engine.sampler import TorchRows
 
 CPU = torch.device("cpu")
 SMALL = {"num_hidden_layers": 2, "vocab_size": 64, "intermediate_size": 48}
@@ -265,3 +268,25 @@ def test_graphs_serve_what_fits_them() -> None:
     assert graphs.run(StepArrays.from_plan(decode_plan(5), 16, [None], 8), None) is None  # 10 blocks
     assert graphs.run(StepArrays.from_plan(plan(), 16, [None], 8), None) is None
     assert graphs.run(StepArrays.from_plan(decode_plan(7, 10), 16, [None], 8), None) is None
+
+
+# --- rows of logits ---
+
+
+def test_rows_are_the_samplers() -> None:
+    """Parameters of many kinds, and rows chosen among others, against plain torch."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 300, generator=generator) * 3
+    logits[2, 7] = torch.nan
+    params = [
+        SamplingParams(temperature=0.7),
+        SamplingParams(temperature=1.0, top_k=5),
+        SamplingParams(temperature=1.3, top_p=0.6, top_k=2**40),
+        SamplingParams(temperature=1.0, min_p=0.2, top_k=-1),
+    ]
+    rows, units = [0, 1, 3, 5], [0.1, 0.5, 0.77, 0.999]
+    ours, theirs = CudaRows(), TorchRows()
+    assert ours.argmax(logits).tolist() == theirs.argmax(logits).tolist()
+    for chosen in ([0], [1], [2, 3], [0, 1, 2, 3]):
+        of = ([rows[i] for i in chosen], [params[i] for i in chosen], [units[i] for i in chosen])
+        assert ours.draw(logits, *of).tolist() == theirs.draw(logits, *of).tolist()

@@ -11,13 +11,16 @@ the same; the text depends on the kernels and on the versions named in it, on no
 from __future__ import annotations
 
 import argparse
+import functools
+import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import cpu_count, get_context
 from pathlib import Path
+from typing import Any
 
 import triton
 
@@ -26,8 +29,9 @@ from gqa_serve.engine.kernels.triton.variants import MODULES, TARGETS, Variant, 
 
 NO_SPILLS = ("decode_attention",)  # files whose kernels must keep everything in registers
 TENSOR_CORES = ("mma", "wgmma", "tcgen05")
-ASYNC_COPIES = ("cp.async", "TMA")
 GPUS = {80: "A100", 90: "H100, H200", 100: "B200"}
+
+_PTXAS_ERROR = re.compile(r"ptxas (fatal|error|\S+, line \d+; (fatal|error))")
 
 Task = tuple[int, int]
 """A variant, by its place in `variants()`, and a target: what can be sent to another process."""
@@ -68,14 +72,14 @@ class Row:
             f"{it.shared_bytes / KIB:.1f}" if it.fits else f"**{it.shared_bytes / KIB:.1f}**",
             str(it.blocks_per_sm),
             _counts({name: it.instructions.get(name, 0) for name in TENSOR_CORES}),
-            _counts({name: it.instructions.get(name, 0) for name in ASYNC_COPIES}),
+            _counts({"TMA": it.instructions.get("TMA", 0), **it.copy_bytes}),
             str(it.instructions.get("ldmatrix", 0)),
             _counts(it.load_bytes),
         ]
         return f"| {' | '.join(cells)} |"
 
 
-def _counts(counts: Mapping[str, int] | Mapping[int, int]) -> str:
+def _counts(counts: Mapping[Any, int]) -> str:
     """ "16 x 8, 4 x 2": each key that occurs, and how often."""
     return ", ".join(f"{key} × {count}" for key, count in counts.items() if count) or "-"
 
@@ -98,19 +102,20 @@ HEADER = f"| {' | '.join(COLUMNS)} |\n|{'|'.join(COLUMNS.values())}|"
 INTRODUCTION = """\
 # The CUDA kernels, compiled
 
-Every kernel of `gqa_serve/engine/kernels/triton/` in every form that the engine launches, compiled ahead of
-time for {targets} by Triton {version}. Nothing here was run: this is what the compiler and the assembler say.
-Made by `make compile-report`, which ends with an error where a variant does not compile, where a block needs
-more shared memory than the GPU has, or where the decode kernel spills a register;
-`tests/engine/kernels/test_compile_report.py` compiles a sample anew and compares.
+Every kernel of `gqa_serve/engine/kernels/triton/` in every form that the engine launches, compiled for
+{targets} by Triton {version}.
+Nothing here was run: this is what the compiler and the assembler say. Made by `make compile-report`, which
+ends with an error where a variant does not compile, where a block needs more shared memory than the GPU has,
+or where the decode kernel spills a register; `tests/engine/kernels/test_compile_report.py` compiles a sample
+anew and compares.
 
 * registers, spilled: per thread, from `ptxas -v`; spilled counts bytes stored plus bytes loaded.
 * shared KiB: of one block. It may have {limits}.
 * blocks / SM: how many blocks a multiprocessor holds at once by registers, shared memory and warps.
 * tensor cores: places in the code that multiply on them: `mma` (Ampere's instruction, on any of them),
-  `wgmma` (Hopper), `tcgen05` (Blackwell). async copies: from global to shared memory past the registers, by
-  `cp.async` or by the TMA. loads: other loads from global memory by bytes per thread (16 × 8 = eight of 16
-  bytes).
+  `wgmma` (Hopper), `tcgen05` (Blackwell).
+* async copies, loads: places that read global memory into shared memory past the registers, and into
+  registers, by the bytes that one thread reads at once (16 × 8 = eight places of 16 bytes).
 """
 
 
@@ -144,8 +149,11 @@ def _summary(rows: Sequence[Row]) -> str:
     for row in rows:
         if isinstance(row.result, Compiled):
             groups.setdefault((row.variant.kernel.__name__, row.target), []).append(row.result)
-    for (kernel, target), results in groups.items():
-        used = dict.fromkeys(name for result in results for name in result.instructions)
+    order = list(dict.fromkeys(kernel for kernel, _ in groups))
+    for kernel, target in sorted(groups, key=lambda group: (order.index(group[0]), group[1])):
+        results = groups[kernel, target]
+        used = {name for result in results for name in result.instructions}
+        widths = {width for result in results for width in result.copy_bytes}
         cells = [
             kernel,
             str(target),
@@ -154,7 +162,7 @@ def _summary(rows: Sequence[Row]) -> str:
             str(sum(result.spill_bytes > 0 for result in results)),
             f"{max(result.shared_bytes for result in results) / KIB:.1f}",
             ", ".join(name for name in TENSOR_CORES if name in used) or "-",
-            ", ".join(name for name in ASYNC_COPIES if name in used) or "-",
+            ", ".join(f"{width} bytes" for width in sorted(widths, reverse=True)) or "-",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
@@ -166,27 +174,26 @@ def _compile(task: Task) -> Compiled | str:
     try:
         return compile_variant(_all_variants()[index], target)
     except Exception as error:
-        return _message(error)
+        return message(error)
 
 
-_listed: list[Variant] = []
-
-
-def _all_variants() -> list[Variant]:
+@functools.cache
+def _all_variants() -> tuple[Variant, ...]:
     """Listed once per process."""
-    if not _listed:
-        _listed.extend(variants())
-    return _listed
+    return tuple(variants())
 
 
-def _message(error: Exception) -> str:
+def message(error: Exception) -> str:
     """The lines that tell what is wrong: the assembler's where it spoke, else the error's first and last."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
-    of_ptxas = [line for line in lines if "error" in line and not line.startswith(("Repro", "`ptxas`"))]
-    return " / ".join(dict.fromkeys(of_ptxas[:3] or [lines[0], lines[-1]]))
+    of_ptxas = [line for line in lines if _PTXAS_ERROR.match(line)]
+    text = " / ".join(dict.fromkeys(of_ptxas[:3] or [lines[0], lines[-1]]))
+    return re.sub(r"\S+\.ptx", "kernel.ptx", text)  # a temporary file's name
 
 
-def compile_all(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[Task, Compiled | str]]:
+def compile_all(
+    tasks: Sequence[Task], jobs: int, work: Callable[[Task], Compiled | str] = _compile
+) -> Iterator[tuple[Task, Compiled | str]]:
     """Results as they come. If a worker dies, all that it may have been at is tried again, one by one."""
     waiting = list(reversed(tasks))
     while waiting:
@@ -195,19 +202,21 @@ def compile_all(tasks: Sequence[Task], jobs: int) -> Iterator[tuple[Task, Compil
             with _pool(jobs) as pool:
                 while waiting or in_flight:
                     while waiting and len(in_flight) < jobs:
-                        in_flight[pool.submit(_compile, waiting[-1])] = waiting.pop()
+                        task = waiting[-1]
+                        in_flight[pool.submit(work, task)] = task
+                        waiting.pop()
                     for future in wait(in_flight, return_when=FIRST_COMPLETED).done:
                         result = future.result()
                         yield in_flight.pop(future), result
         except BrokenProcessPool:
             for task in in_flight.values():
-                yield task, _compile_alone(task)
+                yield task, _alone(task, work)
 
 
-def _compile_alone(task: Task) -> Compiled | str:
+def _alone(task: Task, work: Callable[[Task], Compiled | str]) -> Compiled | str:
     try:
         with _pool(1) as pool:
-            return pool.submit(_compile, task).result()
+            return pool.submit(work, task).result()
     except BrokenProcessPool:
         return "the compiler's process died"
 
@@ -217,18 +226,19 @@ def _pool(jobs: int) -> ProcessPoolExecutor:
 
 
 def choose(args: argparse.Namespace) -> list[Task]:
-    """The tasks that the flags ask for; `--sample` takes evenly from each chosen file's."""
+    """The tasks that the flags ask for; `--sample` takes a file's variants evenly, and targets in turn."""
     listed = _all_variants()
     chosen: list[Task] = []
-    for file in MODULES:
-        tasks = [
-            (index, target)
-            for index, variant in enumerate(listed)
-            for target in variant.targets
-            if variant.file == file and (not args.only or file in args.only)
-        ]
-        count = min(args.sample or len(tasks), len(tasks))
-        chosen += [tasks[place * len(tasks) // count] for place in range(count)]
+    for file in args.only or MODULES:
+        of_file = [index for index, variant in enumerate(listed) if variant.file == file]
+        if not args.sample:
+            chosen += [(index, target) for index in of_file for target in listed[index].targets]
+            continue
+        count = min(args.sample, len(of_file))
+        for place in range(count):
+            index = of_file[place * len(of_file) // count]
+            targets = listed[index].targets
+            chosen.append((index, targets[place % len(targets)]))
     return chosen
 
 
@@ -236,28 +246,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; the exit code says whether there were problems."""
     parser = argparse.ArgumentParser(prog="compile_report", description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--only", nargs="+", choices=MODULES, help="kernels of these files alone")
-    parser.add_argument("--sample", type=int, help="at most so many compilations of each file, evenly chosen")
+    parser.add_argument("--sample", type=int, help="at most so many variants of each file, each for one GPU")
     parser.add_argument("--jobs", type=int, default=cpu_count(), help="processes (default: all processors)")
     parser.add_argument("--output", type=Path, help="write the report there instead of to standard output")
     args = parser.parse_args(arguments)
     if triton.knobs.runtime.interpret:
         parser.error("Triton interprets; unset TRITON_INTERPRET to compile.")
+    if args.output and (args.only or args.sample):
+        parser.error("--output is for the whole report; without it, a part is printed.")
     tasks = choose(args)
     results: dict[Task, Compiled | str] = {}
     for task, result in compile_all(tasks, args.jobs):
         results[task] = result
-        variant = _all_variants()[task[0]]
-        end = "\r" if sys.stderr.isatty() else "\n"
-        print(f"\033[K[{len(results)}/{len(tasks)}] sm_{task[1]} {variant}"[:100], end=end, file=sys.stderr)
+        _progress(len(results), len(tasks), f"sm_{task[1]} {_all_variants()[task[0]]}")
     rows = [Row(_all_variants()[index], target, results[index, target]) for index, target in tasks]
-    text = render(rows)
     if args.output:
-        args.output.write_text(text, encoding="utf-8")
+        args.output.write_text(render(rows), encoding="utf-8")
     else:
-        print(text)
+        print(render(rows))
     problems = [problem for row in rows if (problem := row.problem())]
-    print(f"\033[K{len(rows)} compilations, {len(problems)} problems", *problems, sep="\n", file=sys.stderr)
+    print(f"{len(rows)} compilations, {len(problems)} problems", *problems, sep="\n", file=sys.stderr)
     return 1 if problems or not rows else 0
+
+
+def _progress(done: int, of: int, what: str) -> None:
+    """One line that is written over where somebody watches; elsewhere a line now and then."""
+    line = f"[{done}/{of}] {what}"
+    if sys.stderr.isatty():
+        print(f"\r\033[K{line[:100]}", end="\n" if done == of else "", file=sys.stderr, flush=True)
+    elif done % 50 == 0:
+        print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -50,13 +50,13 @@ _INSTRUCTIONS = {
     "mma": re.compile(r"\bmma\.sync\b"),
     "wgmma": re.compile(r"\bwgmma\.mma_async\b"),
     "tcgen05": re.compile(r"\btcgen05\.mma\b"),
-    "cp.async": re.compile(r"\bcp\.async\.c[ag]\b"),
     "TMA": re.compile(r"\bcp\.async\.bulk\.tensor\b"),
     "ldmatrix": re.compile(r"\bldmatrix\b"),
 }
-_GLOBAL_LOAD = re.compile(
-    r"\bld\.(?:volatile\.|relaxed\.|acquire\.)?global(?:\.(?!v\d)[\w:]+?)*?(?:\.v(\d))?\.[busf](\d+)\b"
+_ASYNC_COPY = re.compile(
+    r"\bcp\.async\.c[ag]\.shared\.global\S*\s*\[[^]]*\],\s*\[[^]]*\],\s*(0x[0-9a-f]+|\d+)"
 )
+_GLOBAL_LOAD = re.compile(r"\bld\.(?:\w+\.)?global\b(?:\.(?!v\d)[\w:]+?)*?(?:\.v(\d))?\.[busf](\d+)\b")
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ class Compiled:
 
     `registers` are per thread, spills and stack per thread too, in bytes; `shared_bytes` per block; `warps`
     is what a block has in the end (the compiler adds some where it gives copying and multiplying to different
-    warps). `instructions` counts places in the code, not executions; `load_bytes` maps the width of a load
-    from global memory, per thread, to how many there are.
+    warps). `instructions` counts places in the code, not executions; `copy_bytes` and `load_bytes` map the
+    width of a load from global memory, per thread, to how many there are.
     """
 
     target: int
@@ -76,6 +76,7 @@ class Compiled:
     stack_bytes: int
     shared_bytes: int
     instructions: Mapping[str, int]
+    copy_bytes: Mapping[int, int]
     load_bytes: Mapping[int, int]
 
     @property
@@ -137,7 +138,8 @@ def read_result(target: int, warps: int, shared_bytes: int, ptx: str, log: str) 
     registers = [int(count) for count in _USED.findall(log)]
     if not frames or not registers:
         raise RuntimeError(f"The assembler's log does not tell what the kernel uses: {log!r}")
-    widths = Counter(int(count or 1) * int(bits) // 8 for count, bits in _GLOBAL_LOAD.findall(ptx))
+    copies = Counter(int(width, 0) for width in _ASYNC_COPY.findall(ptx))
+    loads = Counter(int(count or 1) * int(bits) // 8 for count, bits in _GLOBAL_LOAD.findall(ptx))
     counts = {name: len(pattern.findall(ptx)) for name, pattern in _INSTRUCTIONS.items()}
     return Compiled(
         target=target,
@@ -147,7 +149,8 @@ def read_result(target: int, warps: int, shared_bytes: int, ptx: str, log: str) 
         stack_bytes=sum(stack for stack, _, _ in frames),
         shared_bytes=shared_bytes,
         instructions={name: count for name, count in counts.items() if count},
-        load_bytes=dict(sorted(widths.items(), reverse=True)),
+        copy_bytes=dict(sorted(copies.items(), reverse=True)),
+        load_bytes=dict(sorted(loads.items(), reverse=True)),
     )
 
 

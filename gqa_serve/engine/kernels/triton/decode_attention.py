@@ -20,12 +20,14 @@ items. K and V of positions that no row sees are replaced by zeros before they a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from gqa_serve.engine.kernels.triton.variants import Variant
 from gqa_serve.engine.kv_cache import LayerKV
 
 TILE = 64  # positions that are multiplied at once
@@ -418,3 +420,71 @@ def attend_twin(
     if scores.soft_cap is not None:
         weights = torch.tanh(weights / scores.soft_cap) * scores.soft_cap
     return torch.einsum("kgn,nkd->kgd", weights.softmax(-1), v).reshape(-1, head_dim)
+
+
+def variants() -> Iterator[Variant]:
+    """What differs in code: types, head sizes, groups (up to 16 heads are the same rows, masked otherwise), windows
+    and caps. The number of KV heads and the block size are factors of addresses.
+    """
+    shapes = [("bf16", "bf16", dim, group) for dim in (64, 80, 96, 128, 256) for group in (1, 4)]
+    shapes += [("bf16", "bf16", 128, group) for group in (3, 5, 7, 8, 16)]
+    shapes += [("fp16", "fp16", dim, 4) for dim in (64, 128, 256)]
+    shapes += [("bf16", kv, dim, 4) for kv in ("i8", "fp8e4nv") for dim in (64, 80, 96, 128, 256)]
+    shapes += [("fp16", "i8", 128, 4)]
+    for element, kv, dim, group in shapes:
+        yield _split_variant(element, kv, dim, group)
+    for dim in (128, 256):  # Mistral, Gemma 3, Gemma 2
+        yield _split_variant("bf16", "bf16", dim, 4, windowed=True)
+        yield _split_variant("bf16", "bf16", dim, 4, windowed=True, capped=True)
+    for dim, group in ((64, 3), (80, 1), (96, 4), (128, 4), (128, 16), (256, 4)):
+        floats = dict.fromkeys(("part_values", "part_maxima", "part_sums"), "*fp32")
+        yield Variant(
+            kernel=merge_kernel,
+            name=f"bf16 D{dim} G{group}",
+            signature={**floats, "tokens": "*i32", "item_starts": "*i32", "out": "*bf16"},
+            constexprs={
+                "KV": 8, "G": group, "D": dim, "ROWS": triton.next_power_of_2(group),
+                "DIMS": triton.next_power_of_2(dim),
+            },
+            num_warps=4,
+            num_stages=4,
+        )  # fmt: skip
+
+
+def _split_variant(
+    element: str, kv: str, dim: int, group: int, windowed: bool = False, capped: bool = False
+) -> Variant:
+    scaled = kv in ("i8", "fp8e4nv")
+    tile = config(group, dim, 1 if scaled else 2)
+    ints = (
+        "block_ids",
+        "block_starts",
+        "context_lens",
+        "tokens",
+        "item_starts",
+        "item_requests",
+        "item_splits",
+    )
+    signature = {"q": f"*{element}", "k": f"*{kv}", "v": f"*{kv}", "out": f"*{element}"}
+    signature |= dict.fromkeys(ints, "*i32")
+    signature |= dict.fromkeys(("part_values", "part_maxima", "part_sums"), "*fp32")
+    signature |= {"num_requests": "i32", "scale": "fp32", "cap": "fp32", "window": "i32"}
+    constexprs: dict[str, object] = {
+        "KV": 8, "G": group, "D": dim, "ROWS": tile.rows, "DIMS": tile.dims, "BLOCK": 16, "TILE": TILE, "SPLIT": SPLIT,
+        "WINDOWED": windowed, "CAPPED": capped, "SCALED": scaled,
+    }  # fmt: skip
+    if scaled:
+        signature |= {"k_scale": "*fp32", "v_scale": "*fp32"}
+    else:
+        constexprs |= {"k_scale": None, "v_scale": None}
+    kinds = [element, *([kv] if scaled else []), f"D{dim}", f"G{group}"]
+    kinds += ["window"] * windowed + ["cap"] * capped
+    return Variant(
+        kernel=split_kernel,
+        name=" ".join(kinds),
+        signature=signature,
+        constexprs=constexprs,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        targets=(90, 100) if kv == "fp8e4nv" else (80, 90, 100),
+    )

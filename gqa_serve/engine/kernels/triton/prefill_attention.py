@@ -17,6 +17,7 @@ order. It costs speed, since a tile then has 16 rows instead of 128.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -36,6 +37,7 @@ from gqa_serve.engine.kernels.triton.decode_attention import (
     score_factors,
 )
 from gqa_serve.engine.kernels.triton.decode_attention import config as decode_config
+from gqa_serve.engine.kernels.triton.variants import Variant
 from gqa_serve.engine.kv_cache import LayerKV
 
 _ROWS = 128
@@ -245,3 +247,55 @@ def prefill_attention_twin(
             out[begin + token] = attend_twin(
                 q[begin + token], kv, blocks, request, computed + token + 1, scores
             )
+
+
+def variants() -> Iterator[Variant]:
+    """What differs in code, for chunks as they are and for those that have the decode kernel's bytes."""
+    shapes = [("bf16", "bf16", dim, group) for dim in (64, 80, 96, 128, 256) for group in (1, 4)]
+    shapes += [("bf16", "bf16", 128, group) for group in (3, 7, 16)]
+    shapes += [("fp16", "fp16", dim, 4) for dim in (64, 128, 256)]
+    shapes += [("bf16", kv, dim, 4) for kv in ("i8", "fp8e4nv") for dim in (64, 128, 256)]
+    for element, kv, dim, group in shapes:
+        yield _chunk_variant(element, kv, dim, group)
+    for kv in ("bf16", "i8"):
+        for dim in (64, 128, 256):
+            yield _chunk_variant("bf16", kv, dim, 4, exact=True)
+    for dim in (128, 256):
+        yield _chunk_variant("bf16", "bf16", dim, 4, windowed=True)
+        yield _chunk_variant("bf16", "bf16", dim, 4, windowed=True, capped=True)
+
+
+def _chunk_variant(
+    element: str,
+    kv: str,
+    dim: int,
+    group: int,
+    windowed: bool = False,
+    capped: bool = False,
+    exact: bool = False,
+) -> Variant:
+    scaled = kv in ("i8", "fp8e4nv")
+    tile = config(group, dim, 1 if scaled else 2, exact)
+    ints = ("block_ids", "block_starts", "context_lens", "query_starts", "tile_requests", "tile_firsts")
+    signature = {"q": f"*{element}", "k": f"*{kv}", "v": f"*{kv}", "out": f"*{element}"}
+    signature |= dict.fromkeys(ints, "*i32")
+    signature |= {"scale": "fp32", "cap": "fp32", "window": "i32"}
+    constexprs: dict[str, object] = {
+        "KV": 8, "G": group, "D": dim, "ROWS": tile.rows, "DIMS": tile.dims, "BLOCK": 16, "TILE": TILE, "SPLIT": SPLIT,
+        "WINDOWED": windowed, "CAPPED": capped, "SCALED": scaled, "EXACT": exact,
+    }  # fmt: skip
+    if scaled:
+        signature |= {"k_scale": "*fp32", "v_scale": "*fp32"}
+    else:
+        constexprs |= {"k_scale": None, "v_scale": None}
+    kinds = [element, *([kv] if scaled else []), f"D{dim}", f"G{group}"]
+    kinds += ["window"] * windowed + ["cap"] * capped + ["exact"] * exact
+    return Variant(
+        kernel=chunk_kernel,
+        name=" ".join(kinds),
+        signature=signature,
+        constexprs=constexprs,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        targets=(90, 100) if kv == "fp8e4nv" else (80, 90, 100),
+    )
