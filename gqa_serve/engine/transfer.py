@@ -58,7 +58,7 @@ def _room(array: np.ndarray) -> int:
 
 def select_rows(tensor: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
     """`tensor[rows]`, `rows` ascending; the tensor itself where they are all of its rows."""
-    return tensor if len(rows) == len(tensor) else tensor[to_device(rows, tensor.device)]
+    return tensor if len(rows) == tensor.shape[0] else tensor[to_device(rows, tensor.device)]
 
 
 class HostCopy:
