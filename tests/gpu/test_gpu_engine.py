@@ -72,7 +72,7 @@ def test_half_precision_is_near_the_reference(gpu: torch.device, quantization: s
 
 @pytest.mark.parametrize("kv", ["auto", "int8"])
 def test_graphs_compute_what_kernels_do(gpu: torch.device, kv: str) -> None:
-    """To the bit: they are the same kernels. With --deterministic, since graphs pad batches for cuBLAS too."""
+    """To the bit: the same kernels run. With --deterministic, since padding changes what cuBLAS does."""
     settings = {"deterministic": True, "kv_cache_dtype": kv}
     graphs = run(engine(**settings), logprobs=0)
     kernels = run(engine(enforce_eager=True, **settings), logprobs=0)
