@@ -183,7 +183,7 @@ def normalize(values, sums):
     return values / tl.where(sums == 0.0, 1.0, sums)[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_requests", "window"])
 def split_kernel(
     q,
     k,
@@ -304,12 +304,13 @@ def config(group_size: int, head_dim: int, element_size: int) -> DecodeConfig:
     """Tiles by shapes alone; `element_size` is of the KV cache, in bytes.
 
     Block ids are loaded one iteration before the K and V that they point to, so it takes five stages until
-    the next tile of K and V is on its way while one is multiplied; where tiles are larger, three, and other
-    programs of the multiprocessor hide the wait. Eight warps hold what four would spill.
+    the next tile of K and V is on its way while one is multiplied. Where tiles are larger, or widening takes
+    the registers, there are three, and other programs of the multiprocessor hide the wait. Eight warps hold
+    what four would spill.
     """
     rows = max(MIN_ROWS, triton.next_power_of_2(group_size))
     dims = triton.next_power_of_2(head_dim)
-    num_stages = 5 if 2 * TILE * dims * element_size <= 2**15 else 3
+    num_stages = 5 if element_size > 1 and 2 * TILE * dims * element_size <= 2**15 else 3
     return DecodeConfig(rows, dims, 4 if rows <= 16 and dims <= 128 else 8, num_stages)
 
 

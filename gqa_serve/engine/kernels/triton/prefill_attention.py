@@ -57,7 +57,7 @@ class ChunkWork(NamedTuple):
     firsts: torch.Tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["window"])
 def chunk_kernel(
     q,
     k,
