@@ -308,7 +308,7 @@ def config(group_size: int, head_dim: int, element_size: int) -> DecodeConfig:
     rows = max(MIN_ROWS, triton.next_power_of_2(group_size))
     dims = triton.next_power_of_2(head_dim)
     num_stages = 3 if 2 * TILE * dims * element_size <= 2**15 else 2
-    return DecodeConfig(rows, dims, 4 if rows <= 16 else 8, num_stages)
+    return DecodeConfig(rows, dims, 4 if rows <= 16 and dims <= 128 else 8, num_stages)  # or 4 spill
 
 
 def score_factors(scores: Scores) -> tuple[float, float]:
