@@ -423,8 +423,8 @@ def attend_twin(
 
 
 def variants() -> Iterator[Variant]:
-    """What differs in code: types, head sizes, groups (up to 16 heads are the same rows, masked otherwise), windows
-    and caps. The number of KV heads and the block size are factors of addresses.
+    """What differs in code: types, head sizes, groups (up to 16 heads are the same rows, masked otherwise),
+    windows and caps. The number of KV heads and the block size are factors of addresses.
     """
     shapes = [("bf16", "bf16", dim, group) for dim in (64, 80, 96, 128, 256) for group in (1, 4)]
     shapes += [("bf16", "bf16", 128, group) for group in (3, 5, 7, 8, 16)]
@@ -470,8 +470,8 @@ def _split_variant(
     signature |= dict.fromkeys(("part_values", "part_maxima", "part_sums"), "*fp32")
     signature |= {"num_requests": "i32", "scale": "fp32", "cap": "fp32", "window": "i32"}
     constexprs: dict[str, object] = {
-        "KV": 8, "G": group, "D": dim, "ROWS": tile.rows, "DIMS": tile.dims, "BLOCK": 16, "TILE": TILE, "SPLIT": SPLIT,
-        "WINDOWED": windowed, "CAPPED": capped, "SCALED": scaled,
+        "KV": 8, "G": group, "D": dim, "ROWS": tile.rows, "DIMS": tile.dims, "BLOCK": 16, "TILE": TILE,
+        "SPLIT": SPLIT, "WINDOWED": windowed, "CAPPED": capped, "SCALED": scaled,
     }  # fmt: skip
     if scaled:
         signature |= {"k_scale": "*fp32", "v_scale": "*fp32"}

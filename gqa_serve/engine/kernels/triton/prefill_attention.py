@@ -282,8 +282,8 @@ def _chunk_variant(
     signature |= dict.fromkeys(ints, "*i32")
     signature |= {"scale": "fp32", "cap": "fp32", "window": "i32"}
     constexprs: dict[str, object] = {
-        "KV": 8, "G": group, "D": dim, "ROWS": tile.rows, "DIMS": tile.dims, "BLOCK": 16, "TILE": TILE, "SPLIT": SPLIT,
-        "WINDOWED": windowed, "CAPPED": capped, "SCALED": scaled, "EXACT": exact,
+        "KV": 8, "G": group, "D": dim, "ROWS": tile.rows, "DIMS": tile.dims, "BLOCK": 16, "TILE": TILE,
+        "SPLIT": SPLIT, "WINDOWED": windowed, "CAPPED": capped, "SCALED": scaled, "EXACT": exact,
     }  # fmt: skip
     if scaled:
         signature |= {"k_scale": "*fp32", "v_scale": "*fp32"}
