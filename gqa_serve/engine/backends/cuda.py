@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from gqa_serve.engine.model_config import Activation, ModelConfig
     from gqa_serve.engine.models.decoder import Decoder
     from gqa_serve.engine.sampler import RowOperations
-    from gqa_serve.engine.weights.block_tensor import BlockTensor
+    from gqa_serve.engine.weights.quantized_matrix import QuantizedMatrix
 
 # Programs of the decode kernel per multiprocessor, over all KV heads: two or three run at once, and what is
 # over evens out items of different lengths.
@@ -84,7 +84,7 @@ class CudaBackend(Backend):
 
     # --- at load ---
 
-    def pack(self, weight: torch.Tensor | BlockTensor, role: Role) -> Packed:
+    def pack(self, weight: torch.Tensor | QuantizedMatrix, role: Role) -> Packed:
         return self.weights.pack(weight, role)
 
     def linear(self, parts: Sequence[Packed], bias: torch.Tensor | None) -> Linear:

@@ -68,7 +68,7 @@ class QuantizedCheckpoint(Checkpoint):
                 f"{self.path}: config.json says that weights are quantized, but no tensor's name ends in "
                 f"{key}; check that config.json belongs to these weights."
             )
-        for module in modules:
+        for module in sorted(modules):
             found = {part for part in self._format.parts if f"{module}.{part}" in shapes}
             for part, needed in self._format.parts.items():
                 if needed and part not in found:
@@ -82,9 +82,21 @@ class QuantizedCheckpoint(Checkpoint):
                 raise ModelError(f"{self.path}: {module} {error}; download it again.") from error
             self._wanted[matrix] = frozenset(found)
             self._parts |= {f"{module}.{part}": matrix for part in found}
+        invented = self._invented_biases({f"{module}.bias" for module in modules} & shapes.keys())
         for name, shape in shapes.items():
-            if name not in self._parts and name.rsplit(".", 1)[-1] not in self._format.unused:
+            unused = name.rsplit(".", 1)[-1] in self._format.unused or name in invented
+            if name not in self._parts and not unused:
                 self._shapes[name] = shape
+
+    def _invented_biases(self, biases: set[str]) -> set[str]:
+        """Those of `biases` that are zeros, if the format's tools write such."""
+        if not biases or not self._format.invents_biases:
+            return set()
+        return {
+            name
+            for name, tensor in self._stored.tensors()
+            if name in biases and not isinstance(tensor, QuantizedMatrix) and not bool(tensor.any())
+        }
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         return self._shapes

@@ -53,6 +53,8 @@ class QuantizedFormat(ABC):
     key: str
     parts: Mapping[str, bool]
     unused: frozenset[str] = frozenset()
+    invents_biases = False
+    """Whether tools wrote biases of zeros where the model has none."""
 
     @abstractmethod
     def shape(self, shapes: Mapping[str, Shape]) -> tuple[int, int]:
@@ -84,6 +86,7 @@ class Awq(QuantizedFormat):
 class Gptq(QuantizedFormat):
     """4 or 8 bits with zero points; `first` version: the zeros are stored less 1."""
 
+    invents_biases = True
     key = "qweight"
     parts: Mapping[str, bool] = {"qweight": True, "qzeros": True, "scales": True, "g_idx": False}
 
@@ -152,7 +155,7 @@ class PlainQuantized(QuantizedFormat):
             "q_scale",
             "k_scale",
             "v_scale",
-            "activation_scale",
+            "kv_scale",
         }
     )
 

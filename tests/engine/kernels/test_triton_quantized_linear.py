@@ -174,3 +174,23 @@ def test_variants_are_the_launches(monkeypatch: pytest.MonkeyPatch) -> None:
         and (variant.num_warps, variant.num_stages) == compiled
         for variant in module.variants()
     )
+
+
+@pytest.mark.parametrize(
+    ("bits", "holder", "dtype", "pattern", "offset"),
+    [
+        (8, torch.int16, torch.float16, 0x6400, 1024),
+        (4, torch.int16, torch.bfloat16, 0x4300, 128),
+        (8, torch.int32, torch.float32, 0x4B000000, 1 << 23),
+    ],
+)
+def test_codes_are_the_low_bits_of_their_numbers(
+    bits: int, holder: torch.dtype, dtype: torch.dtype, pattern: int, offset: int
+) -> None:
+    """What `_numbers` relies on; the interpreter can't show it for bfloat16."""
+    codes = torch.arange(1 << bits, dtype=holder)
+    numbers = (codes | pattern).view(dtype)
+    assert numbers.tolist() == [offset + code for code in range(1 << bits)]
+    for zero in range(1 << bits):
+        difference = numbers - torch.tensor(float(offset + zero)).to(dtype)
+        assert difference.tolist() == [code - zero for code in range(1 << bits)]

@@ -76,6 +76,15 @@ def rewrite(path: Path, change: Any) -> None:
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path / "model.safetensors")
 
 
+def test_biases_that_older_tools_invented_are_left_out(tmp_path: Path) -> None:
+    meaning = write_quantized(tmp_path, model_of(), "gptq4")
+    module = "model.layers.0.self_attn"
+    biases = {f"{module}.o_proj.bias": torch.zeros(64), f"{module}.q_proj.bias": torch.eye(64)[3]}
+    rewrite(tmp_path, lambda tensors: tensors.update(biases))
+    found = open_checkpoint(tmp_path).tensor_shapes()
+    assert found.keys() - meaning.keys() == {f"{module}.q_proj.bias"}
+
+
 def test_what_is_missing_or_misshapen_is_named(tmp_path: Path) -> None:
     write_quantized(tmp_path, model_of(), "awq")
     name = "model.layers.0.mlp.up_proj"

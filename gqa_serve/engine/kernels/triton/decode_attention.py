@@ -303,12 +303,14 @@ class DecodeConfig(NamedTuple):
 def config(group_size: int, head_dim: int, element_size: int) -> DecodeConfig:
     """Tiles by shapes alone; `element_size` is of the KV cache, in bytes.
 
-    Two tiles of K and V on their way hide memory's latency; float32 or head_dim 256 leave room for one.
+    Block ids are loaded one iteration before the K and V that they point to, so it takes five stages until the
+    next tile of K and V is on its way while one is multiplied; where tiles are larger, three, and other programs
+    of the multiprocessor hide the wait. Eight warps hold what four would spill.
     """
     rows = max(MIN_ROWS, triton.next_power_of_2(group_size))
     dims = triton.next_power_of_2(head_dim)
-    num_stages = 3 if 2 * TILE * dims * element_size <= 2**15 else 2
-    return DecodeConfig(rows, dims, 4 if rows <= 16 and dims <= 128 else 8, num_stages)  # or 4 spill
+    num_stages = 5 if 2 * TILE * dims * element_size <= 2**15 else 3
+    return DecodeConfig(rows, dims, 4 if rows <= 16 and dims <= 128 else 8, num_stages)
 
 
 def score_factors(scores: Scores) -> tuple[float, float]:

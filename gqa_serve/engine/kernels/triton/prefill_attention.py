@@ -170,8 +170,7 @@ def config(group_size: int, head_dim: int, element_size: int, exact: bool) -> Pr
         return PrefillConfig(*decode_config(group_size, head_dim, element_size))
     dims = triton.next_power_of_2(head_dim)
     rows = _ROWS if dims <= 128 and element_size <= 2 else _WIDE_ROWS
-    num_warps = rows // 16 if dims <= 128 else 8  # 4 spill more
-    return PrefillConfig(max(rows, triton.next_power_of_2(group_size)), dims, num_warps, 2)
+    return PrefillConfig(max(rows, triton.next_power_of_2(group_size)), dims, 8, 2)
 
 
 def tokens_per_tile(group_size: int, head_dim: int, element_size: int, exact: bool) -> int:

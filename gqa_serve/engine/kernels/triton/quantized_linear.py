@@ -61,11 +61,11 @@ class Config(NamedTuple):
 def config(
     rows: int, n: int, steps: int, width: int, bits: int, itemsize: int, deterministic: bool
 ) -> Config:
-    """The tile for `rows` tokens and weights of n outputs and `steps` steps, each `width` bytes of an output.
+    """The tile for `rows` tokens and weights of n outputs and `steps` steps of `width` bytes of each.
 
-    With few rows weights are all the traffic: K is split until there are programs for the whole GPU, each with
-    12 to 24 KiB of weights under way. With many the tile is the largest whose sums stay in registers, twice
-    over for the two groups of 4-bit steps. With `deterministic` nothing depends on the number of rows.
+    With few rows weights are all the traffic: K is split until there are programs for the whole GPU, each
+    with 12 to 24 KiB of weights under way. With many the tile is the largest whose sums stay in registers,
+    twice over for the two groups of 4-bit steps. With `deterministic` nothing depends on the number of rows.
     """
     if itemsize == 4:
         return Config(32, 64, 1, 4, 2)
