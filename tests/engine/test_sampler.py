@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from gqa_serve.engine.request import EngineRequest, Request, SamplingParams
+from gqa_serve.engine.row_kernels import KernelRows
 from gqa_serve.engine.sampler import Sampler, TorchRows, _filter_floor, random_unit
 
 VOCAB = 1000
@@ -236,3 +237,53 @@ def test_scores_of_given_tokens() -> None:
         assert entry.logprob == pytest.approx(float(wanted[row, entry.token_id]), abs=1e-5)
         assert entry.rank == int((wanted[row] > wanted[row, entry.token_id]).sum()) + 1
         assert [token for token, _ in entry.top] == wanted[row].topk(2).indices.tolist()
+
+
+class Kernels:
+    """`RowKernels` in plain torch; `filters` says which of the three the last draw was given."""
+
+    filters: tuple[bool, ...] = ()
+
+    def argmax(self, logits: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        return out.copy_(TorchRows().argmax(logits))
+
+    def draw(
+        self,
+        logits: torch.Tensor,
+        rows: torch.Tensor,
+        temperature: torch.Tensor,
+        top_k: torch.Tensor | None,
+        top_p: torch.Tensor | None,
+        min_p: torch.Tensor | None,
+        unit: torch.Tensor,
+        out: torch.Tensor,
+    ) -> torch.Tensor:
+        assert (rows.dtype, temperature.dtype, unit.dtype) == (torch.int32, torch.float32, torch.float64)
+        self.filters = tuple(values is not None for values in (top_k, top_p, min_p))
+        params = [
+            SamplingParams(
+                temperature=float(temperature[s]),
+                top_k=0 if top_k is None else int(top_k[s]),
+                top_p=1.0 if top_p is None else float(top_p[s]),
+                min_p=0.0 if min_p is None else float(min_p[s]),
+            )
+            for s in range(len(rows))
+        ]
+        return out.copy_(TorchRows().draw(logits[rows.long()], range(len(rows)), params, unit.tolist()))
+
+
+@pytest.mark.parametrize(
+    ("params", "filters"),
+    [
+        ([{}, {"temperature": 0.5}, {"top_k": -1}], (False, False, False)),
+        ([{"top_k": 5}, {"temperature": 0}, {"top_p": 0.3, "temperature": 1.7}], (True, True, False)),
+        ([{"temperature": 0}, {"min_p": 0.2}, {"top_k": 5 * VOCAB}], (True, False, True)),
+    ],
+)
+def test_kernels_get_every_parameter(params: list[dict[str, float]], filters: tuple[bool, ...]) -> None:
+    logits = random_logits(3)
+    requests = [make([1], seed=seed, **values) for seed, values in enumerate(params)]
+    kernels = Kernels()
+    samples = Sampler([], KernelRows(kernels)).launch(logits, requests).result()
+    assert samples == Sampler([]).launch(logits, requests).result()
+    assert kernels.filters == filters

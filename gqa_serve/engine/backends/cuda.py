@@ -28,14 +28,15 @@ from gqa_serve.engine.backends.base import (
 )
 from gqa_serve.engine.backends.cuda_graphs import Capture, DecodeGraphs
 from gqa_serve.engine.backends.cuda_linear import CudaWeights
-from gqa_serve.engine.backends.cuda_rows import CudaRows
 from gqa_serve.engine.backends.cuda_step import StepArrays, StepBuffer, StepTensors, decode_capacities
+from gqa_serve.engine.kernels.triton import sampling
 from gqa_serve.engine.kernels.triton.activations import gated_activation
 from gqa_serve.engine.kernels.triton.decode_attention import SPLIT, Partials, Scores, decode_attention
 from gqa_serve.engine.kernels.triton.norms import add_rms_norm, rms_norm
 from gqa_serve.engine.kernels.triton.prefill_attention import prefill_attention, tokens_per_tile
 from gqa_serve.engine.kernels.triton.rotary import rotate_and_write
 from gqa_serve.engine.kv_cache import KVCache, TensorKVCache
+from gqa_serve.engine.row_kernels import KernelRows, RowKernels
 
 if TYPE_CHECKING:
     from gqa_serve.engine.batch import ForwardBatch, StepPlan
@@ -131,7 +132,7 @@ class CudaBackend(Backend):
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def row_operations(self) -> RowOperations:
-        return CudaRows()
+        return KernelRows(cast("RowKernels", sampling))
 
     def partials(self, room: int, layout: AttentionLayout) -> Partials:
         """Scratch of the decode kernel for `room` items at least, the same from layer to layer."""

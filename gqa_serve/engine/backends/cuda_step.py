@@ -122,7 +122,8 @@ class StepArrays:
 def _ranges(lengths: np.ndarray) -> np.ndarray:
     """0, 1, .. for each length: [2, 3] -> [0, 1, 0, 1, 2]."""
     ends = np.cumsum(lengths)
-    return (np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - lengths, lengths)).astype(np.int32)
+    count = int(ends[-1]) if len(ends) else 0
+    return np.arange(count, dtype=np.int32) - np.repeat(ends - lengths, lengths).astype(np.int32)
 
 
 def _items(
@@ -227,7 +228,7 @@ class StepBuffer:
         for begin, end in runs:
             self._device[begin:end].copy_(host[begin:end], non_blocking=True)
         if self.device.type == "cuda":
-            self._copied[index] = event = event or torch.cuda.Event()
+            self._copied[index] = event = event or torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
         return {name: self._device[offsets[name] : offsets[name] + size] for name, size in sizes.items()}
 

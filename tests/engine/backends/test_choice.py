@@ -15,6 +15,7 @@ from gqa_serve.engine.backends.reference import ReferenceBackend
 from gqa_serve.errors import ConfigError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+MPS = torch.device("mps")
 MODULE = "gqa_serve.engine.backends.cpu"
 
 
@@ -93,9 +94,9 @@ def test_an_instruction_set_that_this_cpu_lacks(monkeypatch: pytest.MonkeyPatch)
         (CPU, {"backend": "reference", "kv_cache_dtype": "int8"}, torch.float32, "int8"),
         (CPU, {"backend": "reference", "kv_cache_dtype": "fp8"}, torch.float32, "fp8"),
         (CPU, {"backend": "reference", "quantization": "none"}, torch.float32, "float32"),
-        (CUDA, {"checkpoint_dtype": "bfloat16"}, torch.bfloat16, "bfloat16"),
-        (CUDA, {}, torch.float32, "float32"),
-        (CUDA, {"checkpoint_dtype": "bfloat16", "kv_cache_dtype": "fp8"}, torch.bfloat16, "fp8"),
+        (MPS, {"checkpoint_dtype": "bfloat16"}, torch.bfloat16, "bfloat16"),
+        (MPS, {}, torch.float32, "float32"),
+        (MPS, {"checkpoint_dtype": "bfloat16", "kv_cache_dtype": "fp8"}, torch.bfloat16, "fp8"),
         (CUDA, {"backend": "reference", "dtype": "float16"}, torch.float16, "float16"),
     ],
 )
@@ -142,7 +143,10 @@ def test_a_module_that_cannot_be_imported_counts_as_not_there(
         ),
         (CPU, {"cpu_isa": "avx2"}, "--cpu-isa avx2 needs the native backend"),
         (CPU, {"backend": "reference", "cpu_isa": "avx2"}, "--cpu-isa avx2 is for the native backend"),
-        (CUDA, {"quantization": "int8"}, "--device cuda .*; use --quantization none or --device cpu"),
+        (MPS, {"quantization": "int8"}, "--device mps .*; use --quantization none or --device cpu"),
+        (CPU, {"backend": "cuda"}, "runs on NVIDIA GPUs, not on cpu; use --device cuda or --backend ref"),
+        (CPU, {"enforce_eager": True}, "--enforce-eager is for the cuda backend"),
+        (CPU, {"backend": "reference", "deterministic": True}, "--deterministic is not served by the ref"),
         (
             CPU,
             {"quantization": "fp8"},
@@ -161,3 +165,59 @@ def test_what_cannot_be_honoured_is_refused(
     with pytest.raises(ConfigError, match=says):
         create_backend(device, BackendOptions(**options))
     assert not caplog.records
+
+
+# --- CUDA, whose settings are looked at without one ---
+
+
+def cuda(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0), **options: Any
+) -> dict[str, Any]:
+    """What the CUDA backend is made from on a GPU of this compute capability."""
+    given: dict[str, Any] = {}
+
+    def made(device: torch.device, dtype: torch.dtype, **settings: Any) -> object:
+        given.update(settings, device=device, dtype=dtype)
+        return object()
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr("gqa_serve.engine.backends.cuda.CudaBackend", made)
+    monkeypatch.setattr("gqa_serve.engine.backends.cuda_graphs.CudaCapture", lambda: "capture")
+    create_backend(CUDA, BackendOptions(**options))
+    return given
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype", "kv_dtype"),
+    [
+        ({}, torch.bfloat16, torch.bfloat16),
+        ({"checkpoint_dtype": "float32"}, torch.bfloat16, torch.bfloat16),
+        ({"checkpoint_dtype": "float16"}, torch.float16, torch.float16),
+        ({"dtype": "float32"}, torch.float32, torch.float32),
+        ({"kv_cache_dtype": "fp8"}, torch.bfloat16, torch.float8_e4m3fn),
+        ({"kv_cache_dtype": "int8"}, torch.bfloat16, torch.int8),
+    ],
+)
+def test_cudas_precision(
+    options: dict[str, Any], dtype: torch.dtype, kv_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = cuda(monkeypatch, **options)
+    assert (given["dtype"], given["kv_dtype"]) == (dtype, kv_dtype)
+
+
+def test_cudas_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = cuda(monkeypatch, deterministic=True, quantization="int4", max_num_seqs=7)
+    assert (given["capture"], given["max_num_seqs"]) == ("capture", 7)
+    assert (given["deterministic"], given["quantization"]) == (True, "int4")
+    assert cuda(monkeypatch, enforce_eager=True)["capture"] is None
+
+
+def test_gpus_that_are_too_old(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    says = r"needs a GPU of compute capability 8\.0 or newer, this one has 7\.5"
+    with pytest.raises(ConfigError, match=says):
+        cuda(monkeypatch, (7, 5), backend="cuda")
+    assert cuda(monkeypatch, (7, 5)) == {}  # the reference serves
+    (record,) = caplog.records
+    assert "7.5" in record.getMessage()
+    with pytest.raises(ConfigError, match=r"--kv-cache-dtype fp8 needs .* 8\.9 or newer.*use int8"):
+        cuda(monkeypatch, (8, 0), kv_cache_dtype="fp8")

@@ -15,12 +15,13 @@ from gqa_serve.config import EngineConfig
 from gqa_serve.engine import model_runner
 from gqa_serve.engine.backends.cuda import CudaBackend
 from gqa_serve.engine.backends.cuda_graphs import DecodeGraphs, ladder
-from gqa_serve.engine.backends.cuda_rows import CudaRows
 from gqa_serve.engine.backends.cuda_step import StepArrays, StepBuffer, decode_capacities
 from gqa_serve.engine.batch import PlanRow, StepPlan
 from gqa_serve.engine.core import Engine
+from gqa_serve.engine.kernels.triton import sampling
 from gqa_serve.engine.model_runner import ModelRunner
 from gqa_serve.engine.request import SamplingParams
+from gqa_serve.engine.row_kernels import KernelRows
 from gqa_serve.engine.sampler import TorchRows
 
 CPU = torch.device("cpu")
@@ -158,7 +159,7 @@ def test_deterministic_bytes_do_not_depend_on_chunks_and_neighbours(
 
 
 def plan() -> StepPlan:
-    """A prompt's end, two decoding requests of which one's token is known to the device alone, a new prompt."""
+    """A prompt's end, two decoding requests (one's token is known to the device alone), a new prompt."""
     return StepPlan(
         [
             PlanRow([4, 5, 6], 30, [3, 1, 9], 1),
@@ -242,7 +243,7 @@ def test_a_growing_buffer_holds_any_step() -> None:
 
 
 def test_graphs_serve_what_fits_them() -> None:
-    """The rung above the number of requests is replayed; longer tables than were reserved are left to others."""
+    """The rung above the number of requests is replayed; tables longer than was reserved are not served."""
     seen: list[list[int]] = []
 
     def forward(regions: Any, previous: torch.Tensor) -> torch.Tensor:
@@ -285,7 +286,7 @@ def test_rows_are_the_samplers() -> None:
         SamplingParams(temperature=1.0, min_p=0.2, top_k=-1),
     ]
     rows, units = [0, 1, 3, 5], [0.1, 0.5, 0.77, 0.999]
-    ours, theirs = CudaRows(), TorchRows()
+    ours, theirs = KernelRows(sampling), TorchRows()
     assert ours.argmax(logits).tolist() == theirs.argmax(logits).tolist()
     for chosen in ([0], [1], [2, 3], [0, 1, 2, 3]):
         of = ([rows[i] for i in chosen], [params[i] for i in chosen], [units[i] for i in chosen])

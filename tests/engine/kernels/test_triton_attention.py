@@ -49,7 +49,7 @@ def attend(
     group = q.shape[1] // num_kv_heads
     tile_tokens = prefill.tokens_per_tile(group, head_dim, case.kv.k.element_size(), exact)
     arrays = StepArrays.from_plan(case.plan, block_size, [scores.window], tile_tokens)
-    tensors = {name: torch.from_numpy(array) for name, array in arrays.regions.items()}
+    tensors = {name: torch.from_numpy(array).to(q.device) for name, array in arrays.regions.items()}
     step = StepTensors.of(tensors, _Layout(scores.window))
     out = torch.full_like(q, torch.nan)
     if step.splits is not None:

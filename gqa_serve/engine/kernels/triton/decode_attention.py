@@ -303,9 +303,9 @@ class DecodeConfig(NamedTuple):
 def config(group_size: int, head_dim: int, element_size: int) -> DecodeConfig:
     """Tiles by shapes alone; `element_size` is of the KV cache, in bytes.
 
-    Block ids are loaded one iteration before the K and V that they point to, so it takes five stages until the
-    next tile of K and V is on its way while one is multiplied; where tiles are larger, three, and other programs
-    of the multiprocessor hide the wait. Eight warps hold what four would spill.
+    Block ids are loaded one iteration before the K and V that they point to, so it takes five stages until
+    the next tile of K and V is on its way while one is multiplied; where tiles are larger, three, and other
+    programs of the multiprocessor hide the wait. Eight warps hold what four would spill.
     """
     rows = max(MIN_ROWS, triton.next_power_of_2(group_size))
     dims = triton.next_power_of_2(head_dim)
