@@ -261,5 +261,13 @@ def test_the_account_and_the_kernels_cut_work_alike() -> None:
         for rows in (1, 16, 64, 65, 256):
             for inputs, outputs in ((4096, 4096), (4096, 28_672), (14_336, 4096), (2048, 256)):
                 steps = inputs // (weights.group_size * 8 // weights.bits)
-                expected = quantized.config(rows, outputs, steps, weights.bits, 2, False).splits
-                assert product_splits(rows, inputs, outputs, weights) == expected
+                tile = quantized.config(
+                    rows=rows,
+                    n=outputs,
+                    steps=steps,
+                    width=weights.group_size,
+                    bits=weights.bits,
+                    itemsize=2,
+                    deterministic=False,
+                )
+                assert product_splits(rows, inputs, outputs, weights) == tile.splits
