@@ -29,7 +29,7 @@ ERROR = 2e-6
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of a hundred tokens have several chunks. Few samples: each takes 20 launches, interpreted slowly."""
+    """Rows of a hundred tokens have two chunks. Few samples: each takes 20 launches, slow to interpret."""
     monkeypatch.setattr(sampling, "config", lambda vocab: Config(64, 64, 1))
 
 
@@ -93,7 +93,7 @@ def check(logits: torch.Tensor, params: SamplingParams) -> None:
     likely = (probs > 10 * ERROR).nonzero()[:, 0]
     likely = likely[[-1, int(probs[likely].argmin())]]
     units = (after - probs / 2)[likely].clamp(max=LAST_UNIT).tolist()
-    units += [0.0, LAST_UNIT]
+    units.append(LAST_UNIT)
     got = draw_rows(logits[None], [0] * len(units), [params] * len(units), units)
     assert got[: len(likely)] == likely.tolist()
     for unit, token in zip(units, got, strict=True):

@@ -105,6 +105,8 @@ def argmax_twin(logits: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
 
 
 # --- a draw ---
+#
+# `samples` changes from step to step, `number` from launch to launch: neither is a reason to compile anew.
 
 
 @triton.jit
@@ -206,7 +208,7 @@ def _add_up(
     tl.store(totals + place * _VALUES + value, tl.sum(total, axis=1))
 
 
-@triton.jit(do_not_specialize=["number"])
+@triton.jit(do_not_specialize=["number", "samples"])
 def _count_kernel(
     logits, rows, temperature, top_k, digits, totals, stride, vocab, number, samples, num_chunks,
     CHUNK: tl.constexpr, TILE: tl.constexpr, CHUNKS: tl.constexpr,
@@ -236,7 +238,7 @@ def _k_floor(
     return floor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples"])
 def _measure_kernel(
     logits, rows, temperature, top_k, top_p, bests, k_digits, k_totals, k_floors, above, stride, vocab,
     samples, num_chunks, PASSES: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
@@ -259,7 +261,7 @@ def _measure_kernel(
         tl.store(target + 1, tl.sum(kept.to(tl.int32)).to(tl.float64))
 
 
-@triton.jit(do_not_specialize=["number"])
+@triton.jit(do_not_specialize=["number", "samples"])
 def _mass_kernel(
     logits, rows, temperature, top_k, top_p, bests, k_floors, above, digits, totals, stride, vocab, number,
     samples, num_chunks, CHUNK: tl.constexpr, TILE: tl.constexpr, CHUNKS: tl.constexpr,
@@ -279,7 +281,7 @@ def _mass_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples"])
 def _weigh_kernel(
     logits, rows, temperature, top_k, top_p, min_p, bests, k_digits, k_totals, k_floors, above, p_digits,
     p_totals, floors, weights, stride, vocab, samples, num_chunks,
