@@ -170,9 +170,18 @@ def test_ties_with_the_last_kept_are_kept_and_weigh_on_top_p_only_once() -> None
 
 @pytest.mark.usefixtures("small_chunks")
 def test_zeros_of_both_signs_tie() -> None:
-    logits = torch.tensor([[-0.0, 0.0, -0.0, 0.0, -1.0]])
-    got = draw_rows(logits, [0] * 4, [SamplingParams(top_k=1)] * 4, [0.1, 0.3, 0.6, 0.9])
+    logits = torch.tensor([[-0.0, 0.0, -0.0, 0.0, 0.1]])
+    got = draw_rows(logits, [0] * 4, [SamplingParams(top_k=2)] * 4, [0.1, 0.3, 0.5, 0.7])
     assert got == [0, 1, 2, 3]
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_the_likeliest_is_kept_even_by_a_top_p_of_nothing() -> None:
+    logits = random_logits(2, 100)
+    temperature, _, top_p, _ = tensors([SamplingParams()] * 2)
+    unit, out = torch.tensor([0.0, LAST_UNIT], dtype=torch.float64), torch.full((2,), -7)
+    draw(logits, torch.arange(2), temperature, None, top_p * 0, None, unit, out)
+    assert torch.equal(out, logits.argmax(-1))
 
 
 @pytest.mark.usefixtures("small_chunks")
