@@ -23,6 +23,7 @@ MODULES = (
     "matmul",
     "quantized_linear",
     "quantize",
+    "embedding",
 )
 TARGETS = (80, 90, 100)  # A100; H100, H200; B200
 
