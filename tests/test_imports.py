@@ -43,6 +43,12 @@ def test_decisions_need_no_torch(name: str) -> None:
     assert "torch" not in found
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "workbench").glob("*cost*.py")), ids=lambda path: path.stem)
+def test_the_account_of_costs_needs_no_torch(path: Path) -> None:
+    found = {module.split(".")[0] for module in imports(path, top_level=False)}
+    assert "torch" not in found
+
+
 @pytest.mark.parametrize("name", NO_TEXT)
 def test_the_engine_never_sees_text(name: str) -> None:
     for module in imports(ROOT / "engine" / f"{name}.py", top_level=False):
@@ -77,7 +83,12 @@ def test_no_pickle_anywhere() -> None:
 
 @pytest.mark.parametrize(
     "statement",
-    ["import gqa_serve", "import gqa_serve.cli", "import gqa_serve.server, gqa_serve.engine.weights.gguf"],
+    [
+        "import gqa_serve",
+        "import gqa_serve.cli",
+        "import gqa_serve.server, gqa_serve.engine.weights.gguf",
+        "import gqa_serve.workbench.cost_tables",
+    ],
 )
 def test_importing_costs_no_torch(statement: str) -> None:
     code = f"{statement}; import sys; sys.exit('torch' in sys.modules)"

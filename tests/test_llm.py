@@ -52,6 +52,23 @@ def test_one_call_at_a_time(llm: LLM) -> None:
     assert llm.generate("a", SamplingParams(max_tokens=1))[0].outputs[0].token_ids
 
 
+def test_a_stream_left_with_a_step_in_flight_is_in_nobodys_way() -> None:
+    demo_path()
+    llm = LLM("demo", backend="reference", kv_cache_memory="16MiB", progress=False)
+    params = SamplingParams(temperature=0, max_tokens=4)
+    (wanted,) = llm.generate("The capital of France is", params)
+    llm.engine.runner.backend.lookahead = True  # as on a GPU
+    stream = llm.chat_stream(
+        [{"role": "user", "content": "hi"}], SamplingParams(max_tokens=20, ignore_eos=True)
+    )
+    next(stream)
+    stream.close()
+    assert llm.engine.has_work  # the step in flight
+    (got,) = llm.generate("The capital of France is", params)
+    assert got.outputs == wanted.outputs
+    assert not llm.engine.has_work
+
+
 def test_chat_stream_gives_one_answer(llm: LLM) -> None:
     with pytest.raises(RequestError, match="n must be 1"):
         list(llm.chat_stream([{"role": "user", "content": "hi"}], SamplingParams(n=2)))

@@ -3,25 +3,38 @@
 Owns the life of a request inside the engine: from `add`, through steps, to exactly one TokenOutput with a
 `finish_reason` (or none, after `abort`). `Scheduler` decides, the runner computes, `Sampler` chooses.
 
-A step that raises fails only the requests of its plan: they end with "error", their blocks are freed, and
-the engine goes on. An exception of the scheduler itself is not caught: its state can't be trusted then,
-and whoever runs the engine must replace it.
+A step is launched and later collected. Over a runner that computes when it is called, at once. Over one that
+only tells its device what to do (`Runner.lookahead`), after the next has been launched, so that the device
+never waits for the host:
+
+    step()    launch 1
+    step()    launch 2   collect 1     2 continues from tokens that only the device knows
+    step()    launch 3   collect 2     what 2 computed for a request that ended in 1 is dropped
+
+The device works in the order it is told. Blocks freed while a step in flight still writes to them may thus be
+handed out at once: whoever gets them writes later.
+
+A step that raises fails only the requests of its plan, and of one launched on top of it: they end with
+"error", their blocks are freed, and the engine goes on. An exception of the scheduler itself is not caught:
+its state can't be trusted then, and whoever runs the engine must replace it.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import random
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from gqa_serve.engine.batch import PlanRow, StepPlan
 from gqa_serve.engine.block_pool import BlockPool
 from gqa_serve.engine.kv_manager import KVManager
 from gqa_serve.engine.request import EngineRequest, FinishReason, ModelInfo, Request, TokenOutput
-from gqa_serve.engine.sampler import RowOperations, Sample, Sampler, token_logprobs
-from gqa_serve.engine.scheduler import Scheduler, SchedulerLimits
+from gqa_serve.engine.sampler import Pending, PendingScores, RowOperations, Sample, Sampler
+from gqa_serve.engine.scheduler import Scheduled, Scheduler, SchedulerLimits
+from gqa_serve.engine.transfer import select_rows
 from gqa_serve.errors import ContextLengthError, RequestError
 
 if TYPE_CHECKING:
@@ -51,11 +64,30 @@ class Runner(Protocol):
     def row_operations(self) -> RowOperations | None:
         """What the sampler computes rows of logits with; None for plain torch."""
 
-    def execute(self, plan: StepPlan) -> torch.Tensor:
-        """Compute the plan; hidden states [R, E] of the rows whose logits it asks for."""
+    @property
+    def lookahead(self) -> bool:
+        """Whether `execute` and `logits` return before the device has computed."""
+
+    def execute(self, plan: StepPlan, previous: torch.Tensor | None = None) -> torch.Tensor:
+        """Compute the plan; hidden states [R, E] of the rows whose logits it asks for.
+
+        `previous` [R'] int64: what the step in flight samples, for rows that have a `previous_row`.
+        """
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[R, E] -> [R, V] float32, which the next call may overwrite."""
+
+
+@dataclass
+class _Step:
+    """A step in flight: its rows, who gets a token from it or has their whole prompt scored by it, and where
+    tokens and prompt log-probabilities (with the row they are of) will be."""
+
+    scheduled: Scheduled
+    sampling: list[Request]
+    scored: list[Request]
+    samples: Pending | None
+    prompt_scores: list[tuple[Request, PlanRow, list[PendingScores]]]
 
 
 class Engine:
@@ -71,19 +103,27 @@ class Engine:
         self._eos = frozenset(runner.eos_token_ids)
         self._seeds = random.Random(config.seed)
         self._arrivals = 0
+        self._in_flight: deque[_Step] = deque()
         self.num_failed_steps = 0
         """Steps that failed since the last that succeeded."""
+        self.num_discarded_tokens = 0
+        """Tokens chosen for requests that had ended by the time the step was collected."""
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that have not ended."""
+        return len(self.scheduler)
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would compute something."""
-        return len(self.scheduler) > 0
+        """Whether a step would compute or collect something."""
+        return len(self.scheduler) > 0 or len(self._in_flight) > 0
 
     def add(self, spec: EngineRequest) -> None:
         """Queue a request. Raises RequestError (and queues nothing) if it can't be computed."""
         self._check(spec)
         seed = self._seeds.getrandbits(63) if spec.params.seed is None else spec.params.seed
-        self.scheduler.add(Request(spec, self._arrivals, seed))
+        self.scheduler.add(Request(spec, self._arrivals, seed, self.info.max_model_len))
         self._arrivals += 1
 
     def abort(self, request_id: str) -> bool:
@@ -92,25 +132,23 @@ class Engine:
         return self.scheduler.remove(request_id) is not None
 
     def step(self) -> list[TokenOutput]:
-        """Compute one step; the outputs of the requests that got tokens or ended in it."""
+        """Launch a step and collect one; the outputs of the requests that got tokens or ended in that."""
+        outputs: list[TokenOutput] = []
+        if any(request.needs_last_token for step in self._in_flight for request in step.sampling):
+            outputs += self._collect()
         scheduled = self.scheduler.schedule()
-        if not scheduled:
-            return []
-        ends = _last_logit_rows(scheduled)
-        sampling = [(request, end) for request, end in ends if request.params.max_tokens != 0]
-        try:
-            samples = self._compute(scheduled, sampling)
-        except Exception as error:
-            self.num_failed_steps += 1
-            logger.exception("A step of %d requests failed; ending them.", len(scheduled))
-            message = f"The engine failed to compute this request ({type(error).__name__})."
-            return [self._end(request, "error", error=message) for request, _ in scheduled]
-        self.num_failed_steps = 0
-        for request, row in scheduled:
-            self.scheduler.advance(request, len(row.token_ids))
-        outputs = [self._accept(r, s) for (r, _), s in zip(sampling, samples, strict=True)]
-        scored = [request for request, _ in ends if request.params.max_tokens == 0]
-        return outputs + [self._end(request, "length") for request in scored]
+        failure: Exception | None = None
+        if scheduled:
+            try:
+                self._in_flight.append(self._launch(scheduled))
+            except Exception as error:
+                failure = error
+        ahead = 1 if self.runner.lookahead and scheduled and failure is None else 0
+        while len(self._in_flight) > ahead:
+            outputs += self._collect()
+        if failure is not None:
+            outputs += self._fail(scheduled, failure)
+        return outputs
 
     def _check(self, spec: EngineRequest) -> None:
         if self.scheduler.get(spec.request_id) is not None:
@@ -124,35 +162,80 @@ class Engine:
         if len(spec.prompt) + (not scoring_only) > self.info.max_model_len:
             raise ContextLengthError(len(spec.prompt), self.info.max_model_len, param="prompt")
 
-    def _compute(
-        self, scheduled: list[tuple[Request, PlanRow]], sampling: list[tuple[Request, int]]
-    ) -> list[Sample]:
-        """Run the model over the plan and sample; changes no request but its prompt log-probabilities."""
-        hidden = self.runner.execute(StepPlan([row for _, row in scheduled]))
-        self._score_prompts(scheduled, hidden)
-        if not sampling:
-            return []
-        ends = [end for _, end in sampling]
-        logits = self.runner.logits(hidden if len(ends) == len(hidden) else hidden[ends])
-        return self.sampler.sample(logits, [request for request, _ in sampling])
+    def _launch(self, scheduled: Scheduled) -> _Step:
+        """Tell the device to run the model over the plan and to sample. Changes no request if it raises."""
+        previous = self._in_flight[-1].samples if self._in_flight else None
+        plan = StepPlan([row for _, row in scheduled])
+        hidden = self.runner.execute(plan, None if previous is None else previous.tokens)
+        prompt_scores = self._score_prompts(scheduled, hidden)
+        ends = _last_logit_rows(scheduled)
+        sampling = [request for request, _ in ends if request.params.max_tokens != 0]
+        samples = None
+        if sampling:
+            rows = [row for request, row in ends if request.params.max_tokens != 0]
+            logits = self.runner.logits(select_rows(hidden, rows))
+            samples = self.sampler.launch(logits, sampling)
+        for request, row in scheduled:
+            self.scheduler.launched(request, row)
+        for index, request in enumerate(sampling):
+            request.num_tokens += 1
+            request.sample_row = index
+        scored = [request for request, _ in ends if request.params.max_tokens == 0]
+        return _Step(scheduled, sampling, scored, samples, prompt_scores)
 
-    def _score_prompts(self, scheduled: list[tuple[Request, PlanRow]], hidden: torch.Tensor) -> None:
-        """Log-probabilities of the prompt tokens whose predecessors this step computed."""
-        import torch
-
+    def _score_prompts(
+        self, scheduled: Scheduled, hidden: torch.Tensor
+    ) -> list[tuple[Request, PlanRow, list[PendingScores]]]:
+        """Log-probabilities of the prompt tokens whose predecessors this step computes."""
+        result = []
         begin = 0
         for request, row in scheduled:
-            if request.scores_prompt:
+            if request.scores_prompt and row.start < request.num_prompt_tokens:
                 prompt = request.tokens[: request.num_prompt_tokens]
                 targets = prompt[row.start + 1 : row.start + 1 + len(row.token_ids)]
-                if row.start == 0:
-                    request.prompt_logprobs.append(None)
+                parts = []
                 for first in range(0, len(targets), _SCORING_ROWS):
                     part = targets[first : first + _SCORING_ROWS]
                     logits = self.runner.logits(hidden[begin + first : begin + first + len(part)])
-                    count = request.params.prompt_logprobs or 0
-                    request.prompt_logprobs += token_logprobs(torch.log_softmax(logits, -1), part, count)
+                    parts.append(self.sampler.score(logits, part, request.params.prompt_logprobs or 0))
+                result.append((request, row, parts))
             begin += row.num_logits
+        return result
+
+    def _collect(self) -> list[TokenOutput]:
+        """Wait for the step that was launched first, and hand out what it gave."""
+        step = self._in_flight.popleft()
+        try:
+            samples = step.samples.result() if step.samples is not None else []
+            scores = [
+                [entry for part in parts for entry in part.result()] for *_, parts in step.prompt_scores
+            ]
+        except Exception as error:
+            # What was launched on top of it read its tokens and its blocks.
+            failed = [pair for failing in (step, *self._in_flight) for pair in failing.scheduled]
+            self._in_flight.clear()
+            return self._fail(failed, error)
+        self.num_failed_steps = 0
+        for (request, row, _), entries in zip(step.prompt_scores, scores, strict=True):
+            request.add_prompt_logprobs(row.start, entries)
+        for request, row in step.scheduled:
+            if self.scheduler.holds(request):
+                self.scheduler.collected(request, row)
+        outputs = []
+        for request, sample in zip(step.sampling, samples, strict=True):
+            if self.scheduler.holds(request):
+                outputs.append(self._accept(request, sample))
+            else:
+                self.num_discarded_tokens += 1
+        return outputs + [self._end(r, "length") for r in step.scored if self.scheduler.holds(r)]
+
+    def _fail(self, scheduled: Scheduled, error: Exception) -> list[TokenOutput]:
+        """End the requests of a plan that could not be computed, those that have not ended since."""
+        self.num_failed_steps += 1
+        failed = {request: None for request, _ in scheduled if self.scheduler.holds(request)}
+        logger.error("A step of %d requests failed; ending them.", len(failed), exc_info=error)
+        message = f"The engine failed to compute this request ({type(error).__name__})."
+        return [self._end(request, "error", error=message) for request in failed]
 
     def _accept(self, request: Request, sample: Sample) -> TokenOutput:
         """Append a sampled token and end the request if that ends it."""
@@ -160,11 +243,11 @@ class Engine:
             return self._end(request, "error", error=_NO_TOKEN)
         params, token = request.params, sample.token_id
         request.tokens.append(token)
+        num_known = len(request.tokens)  # a step in flight may be choosing one more
         is_stop = token in params.stop_token_ids or (token in self._eos and not params.ignore_eos)
-        if is_stop and request.num_output_tokens > params.min_tokens:
+        if is_stop and num_known - request.num_prompt_tokens > params.min_tokens:
             return self._end(request, "stop", sample, stop_token_id=token)
-        full = request.num_tokens >= self.info.max_model_len
-        if full or request.num_output_tokens >= (params.max_tokens or math.inf):
+        if num_known >= request.max_num_tokens:
             return self._end(request, "length", sample)
         return self._output(request, sample)
 
@@ -195,7 +278,7 @@ class Engine:
         return output
 
 
-def _last_logit_rows(scheduled: list[tuple[Request, PlanRow]]) -> list[tuple[Request, int]]:
+def _last_logit_rows(scheduled: Scheduled) -> list[tuple[Request, int]]:
     """Requests that caught up in this step, with the row of `hidden` that predicts their next token."""
     result, end = [], 0
     for request, row in scheduled:

@@ -38,6 +38,11 @@ class KVManager:
         """The request's blocks in order of position."""
         return self._held[request_id].block_ids
 
+    def num_published_tokens(self, request_id: str) -> int:
+        """How many tokens from its beginning are indexed for others; 0 for a request that holds nothing."""
+        held = self._held.get(request_id)
+        return 0 if held is None else held.num_published * self.pool.block_size
+
     def start(self, request_id: str, tokens: Sequence[int], salt: Chain | None, reuse: bool) -> int:
         """Begin a request, referencing cached blocks that hold the beginning of `tokens`.
 

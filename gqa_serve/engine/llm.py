@@ -189,7 +189,7 @@ class LLM:
 
     def _specs(self, ids: list[int], params: SamplingParams) -> list[EngineRequest]:
         """One engine request per choice; those of one prompt share its blocks."""
-        if self.engine.has_work:
+        if self.engine.num_requests:
             raise RequestError("This LLM is generating already (an open chat_stream?); finish that first.")
         self._counter += 1
         name = f"llm-{self._counter}"

@@ -29,12 +29,11 @@ from gqa_serve.errors import CacheCapacityError, ConfigError, ModelError, Reques
 
 logger = logging.getLogger(__name__)
 
-# Shares of free memory the KV cache may take when --kv-cache-memory does not say. A CPU's memory is shared
-# with everything else on the machine; a GPU's is ours, but for fragmentation and temporary tensors.
+# What the KV cache may take of a CPU's free memory, which is shared with everything else on the machine,
+# where --kv-cache-memory does not say. Of a GPU's, --gpu-memory-utilization decides.
 _CPU_MEMORY_SHARE = 0.5
 _CPU_KV_CACHE = 4 * 2**30  # unless one request of the longest context needs more
-_GPU_MEMORY_SHARE = 0.9
-_QUANTIZED = ("int8", "int4")
+_QUANTIZED = ("int8", "int4", "fp8")
 
 OnTensor = Callable[[int, int], None]
 """Called with (tensors loaded, tensors in all)."""
@@ -75,6 +74,8 @@ class ModelRunner:
         num_blocks = self._num_blocks(config)
         max_model_len = _fit_context(config, self.config.max_model_len, num_blocks * config.block_size)
         self.cache = self.backend.allocate_cache(self.config, num_blocks, config.block_size)
+        with torch.inference_mode():
+            self.backend.capture(self._forward, self.cache)
         quantized = [name for name in self.model.weight_formats if name in _QUANTIZED]
         self.info = ModelInfo(
             model=config.model,
@@ -108,10 +109,18 @@ class ModelRunner:
         """The sampler's operations on logits, if the backend has its own."""
         return self.backend.row_operations()
 
+    @property
+    def lookahead(self) -> bool:
+        """Whether `execute` and `logits` return before the device has computed."""
+        return self.backend.lookahead
+
     @torch.inference_mode()
-    def execute(self, plan: StepPlan) -> torch.Tensor:
-        """Compute the plan's tokens, writing their K and V; hidden states [R, E] of its logit rows."""
-        return self._forward(plan, self.cache)
+    def execute(self, plan: StepPlan, previous: torch.Tensor | None = None) -> torch.Tensor:
+        """Compute the plan's tokens, writing their K and V; hidden states [R, E] of its logit rows.
+
+        `previous`: the tokens that the step before sampled, on the device, where rows continue from them.
+        """
+        return self._forward(plan, self.cache, previous)
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -120,15 +129,21 @@ class ModelRunner:
         return logits
 
     def _warm_up(self, config: EngineConfig) -> None:
-        """One pass of the largest batch over a throw-away cache, so that thread pools and libraries have
-        taken their memory before the rest is measured. On a CPU a short pass does that."""
-        tokens = min(
-            config.max_num_batched_tokens if self.device.type != "cpu" else 32, self.config.max_model_len
-        )
-        blocks = -(-tokens // config.block_size)
-        self.cache = self.backend.allocate_cache(self.config, blocks, config.block_size)
-        hidden = self.execute(StepPlan([PlanRow([0] * tokens, 0, list(range(blocks)), 1)]))
-        self.logits(hidden)
+        """One pass of the largest batch over a throw-away cache, so that thread pools, libraries and
+        temporary tensors have taken their memory before the rest is measured. On a CPU a short pass does
+        that."""
+        on_cpu = self.device.type == "cpu"
+        left = min(32, self.config.max_model_len) if on_cpu else config.max_num_batched_tokens
+        rows, num_blocks = [], 0
+        while left:
+            tokens = min(left, self.config.max_model_len)
+            blocks = -(-tokens // config.block_size)
+            rows.append(PlanRow([0] * tokens, 0, list(range(num_blocks, num_blocks + blocks)), 1))
+            num_blocks += blocks
+            left -= tokens
+        self.cache = self.backend.allocate_cache(self.config, num_blocks, config.block_size)
+        hidden = self.execute(StepPlan(rows))
+        self.logits(hidden[:1].expand(1 if on_cpu else config.max_num_seqs, -1))
 
     def _num_blocks(self, config: EngineConfig) -> int:
         """KV blocks: what --kv-cache-memory says, else a share of free memory, at most what could be used."""
@@ -145,12 +160,16 @@ class ModelRunner:
         elif self.device.type == "cpu":
             budget = int(min(free * _CPU_MEMORY_SHARE, max(_CPU_KV_CACHE, blocks_per_request * size)))
         else:
-            budget = int(free * _GPU_MEMORY_SHARE)
+            in_use = total_memory(self.device) - free
+            budget = int(total_memory(self.device) * config.gpu_memory_utilization) - in_use
         if budget < size:
             cure = "free memory or choose a smaller model" if asked is None else "raise --kv-cache-memory"
+            if asked is None and self.device.type != "cpu":
+                cure += ", raise --gpu-memory-utilization"
             raise CacheCapacityError(
                 f"The KV cache fits 0 blocks: one block of {config.block_size} tokens takes "
-                f"{format_bytes(size)}, there are {format_bytes(budget)}; {cure}, or lower --block-size."
+                f"{format_bytes(size)}, there are {format_bytes(max(0, budget))}; {cure}, or lower "
+                "--block-size."
             )
         useful = config.max_num_seqs * blocks_per_request
         return budget // size if asked is not None else min(budget // size, useful)
@@ -202,6 +221,9 @@ def _make_backend(config: EngineConfig, model: ModelConfig, device: torch.device
         kv_cache_dtype=config.kv_cache_dtype,
         threads=threads,
         cpu_isa=config.cpu_isa,
+        deterministic=config.deterministic,
+        enforce_eager=config.enforce_eager,
+        max_num_seqs=config.max_num_seqs,
     )
     backend = create_backend(device, options)
     if config.block_size % backend.block_multiple:
@@ -210,6 +232,13 @@ def _make_backend(config: EngineConfig, model: ModelConfig, device: torch.device
             f"{backend.name} backend needs; use {backend.block_multiple} or --backend reference."
         )
     return backend
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes that `device` has. What is not a GPU of its own shares the machine's memory."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    return int(psutil.virtual_memory().total)
 
 
 def free_memory(device: torch.device) -> int:

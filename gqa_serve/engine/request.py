@@ -9,7 +9,7 @@ No torch here.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import msgspec
@@ -105,6 +105,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         return msgspec.structs.replace(
             self, max_tokens=max_tokens, min_tokens=min(self.min_tokens, max_tokens)
         )
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether a choice depends on how often each token has been chosen before."""
+        neutral = self.repetition_penalty == 1 and self.presence_penalty == 0
+        return not (neutral and self.frequency_penalty == 0)
 
     def for_choice(self, index: int) -> SamplingParams:
         """For choice `index` of the same prompt: seed + index, wrapped to 64 bits."""
@@ -242,39 +248,54 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
 class Request:
     """An `EngineRequest` under way inside the engine.
 
-    `tokens` is the prompt followed by the output. `num_computed_tokens` of them have their KV in the cache;
-    the scheduler's one rule makes it catch up with `num_tokens`. Lower `order` runs first.
+    `tokens` is the prompt followed by the output, as far as their values are known here. `num_tokens` counts
+    those too that steps in flight choose; the latest is row `sample_row` of what its step samples.
+    `num_computed_tokens` have their KV in the cache, or will once the steps in flight are done; the one rule
+    of the scheduler makes it catch up with `num_tokens`, which ends at `max_num_tokens`. Lower `order` runs
+    first.
     """
 
-    def __init__(self, spec: EngineRequest, arrival: int, seed: int) -> None:
+    def __init__(self, spec: EngineRequest, arrival: int, seed: int, max_model_len: int) -> None:
         self.spec = spec
         self.request_id = spec.request_id
         self.params = spec.params
         self.order = (spec.priority, arrival)
         self.seed = seed
         self.tokens = list(spec.prompt)
-        self.num_prompt_tokens = len(spec.prompt)
+        self.num_tokens = self.num_prompt_tokens = len(spec.prompt)
+        self.sample_row = -1
+        self.max_num_tokens = max_model_len
+        if spec.params.max_tokens is not None:
+            self.max_num_tokens = min(max_model_len, len(spec.prompt) + spec.params.max_tokens)
+        # Nothing follows the last token a request may have, so that its KV is not needed.
+        self._max_computed_tokens = max(len(spec.prompt), self.max_num_tokens - 1)
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0
         self.prompt_logprobs: list[TokenLogprobs | None] = []
         self.has_output = False
 
     @property
-    def num_tokens(self) -> int:
-        """Prompt and output tokens."""
-        return len(self.tokens)
-
-    @property
     def num_output_tokens(self) -> int:
-        """Tokens generated so far."""
-        return len(self.tokens) - self.num_prompt_tokens
+        """Tokens generated so far, those included whose value is not known yet."""
+        return self.num_tokens - self.num_prompt_tokens
 
     @property
     def num_pending_tokens(self) -> int:
-        """Tokens whose KV is still to be computed."""
-        return len(self.tokens) - self.num_computed_tokens
+        """Tokens whose KV is still to be computed; 0 for a request that ends when its last one is known."""
+        return min(self.num_tokens, self._max_computed_tokens) - self.num_computed_tokens
+
+    @property
+    def needs_last_token(self) -> bool:
+        """Whether the host must know the last token before the request's next step is launched."""
+        return self.params.has_penalties and self.num_pending_tokens > 0
 
     @property
     def scores_prompt(self) -> bool:
         """Whether prompt log-probabilities are wanted and not complete yet."""
         return self.params.prompt_logprobs is not None and not self.has_output
+
+    def add_prompt_logprobs(self, start: int, entries: Iterable[TokenLogprobs]) -> None:
+        """Those that a row beginning at `start` gave. After a preemption they all come again."""
+        if start == 0:
+            self.prompt_logprobs = [None]
+        self.prompt_logprobs += entries

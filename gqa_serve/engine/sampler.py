@@ -5,6 +5,9 @@ Owns penalties, filters and the random draw. Knows nothing of text, scheduling o
 A row's result is a function of its logits, its request's tokens and parameters, and (seed, position):
 the draw inverts the row's cumulative distribution at one uniform number hashed from seed and position, so
 that neither batching nor preemption can move it. Log-probabilities are those of the unmodified logits.
+
+Choosing comes in two halves: `Sampler.launch` only tells the device what to do, `Pending.result` waits for
+it. No value that the device computes is looked at in between, but by `TorchRows.draw` for rows with filters.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import numpy as np
 import torch
 
 from gqa_serve.engine.request import Request, SamplingParams, TokenLogprobs
+from gqa_serve.engine.transfer import HostCopy, select_rows, to_device
 
 _SAMPLING_EPS = 1e-5
 _FIRST_CANDIDATES = 256
@@ -32,11 +36,58 @@ class Sample(NamedTuple):
     logprobs: TokenLogprobs | None
 
 
-class RowOperations(Protocol):
-    """What a sampler does with whole rows of logits [R, V] float32; a backend may have its own."""
+class PendingScores:
+    """Log-probabilities of `tokens` [R] int64, none < 0, in the rows of `logits` [R, V], soon on the host.
 
-    def argmax(self, logits: torch.Tensor) -> list[int]:
-        """The first index of each row's largest value, -1 for a row that holds a value that is not finite."""
+    With each come its rank and the `count` likeliest tokens.
+    """
+
+    def __init__(self, logits: torch.Tensor, tokens: torch.Tensor, count: int) -> None:
+        logprobs = torch.log_softmax(logits, dim=-1)
+        values = logprobs.gather(-1, tokens[:, None])  # [R, 1]
+        ranks = (logprobs > values).sum(dim=-1) + 1
+        top = logprobs.topk(count, dim=-1)
+        self._copy = HostCopy(tokens, values[:, 0], ranks, top.indices, top.values)
+
+    def result(self) -> list[TokenLogprobs]:
+        """One entry per row; waits for the device."""
+        tokens, values, ranks, top_ids, top_values = (tensor.tolist() for tensor in self._copy.wait())
+        return [
+            TokenLogprobs(token, value, rank, list(zip(ids, best, strict=True)))
+            for token, value, rank, ids, best in zip(tokens, values, ranks, top_ids, top_values, strict=True)
+        ]
+
+
+class Pending:
+    """What a step chose: `tokens` [R] int64 on the device, -1 for a row without one, and soon on the host.
+
+    `scores`: log-probabilities of the tokens of some rows, with the numbers of those rows.
+    """
+
+    def __init__(self, tokens: torch.Tensor, scores: Sequence[tuple[Sequence[int], PendingScores]]) -> None:
+        self.tokens = tokens
+        self._scores = scores
+        self._copy = HostCopy(tokens)
+
+    def result(self) -> list[Sample]:
+        """One sample per row; waits for the device."""
+        (tokens,) = self._copy.wait()
+        samples = [Sample(token if token >= 0 else None, None) for token in tokens.tolist()]
+        for rows, scores in self._scores:
+            for row, entry in zip(rows, scores.result(), strict=True):
+                if samples[row].token_id is not None:
+                    samples[row] = samples[row]._replace(logprobs=entry)
+        return samples
+
+
+class RowOperations(Protocol):
+    """What a sampler does with whole rows of logits [R, V] float32; a backend may have its own.
+
+    Results are int64 on the device of the logits. On a GPU neither operation waits for it.
+    """
+
+    def argmax(self, logits: torch.Tensor) -> torch.Tensor:
+        """[R]: the first index of each row's largest value, -1 for a row with a value that is not finite."""
 
     def draw(
         self,
@@ -44,11 +95,11 @@ class RowOperations(Protocol):
         rows: Sequence[int],
         params: Sequence[SamplingParams],
         units: Sequence[float],
-    ) -> list[int]:
-        """For each of `rows` the token at `units[i]` of the distribution that its parameters leave.
+    ) -> torch.Tensor:
+        """[S]: for each of S `rows` the token at `units[i]` of the distribution that its parameters leave.
 
         Temperature, then top-k, top-p, min-p; tokens that tie with the last one kept are kept. Logits may be
-        -inf. Rows without a finite logit give any number.
+        -inf. Rows without a finite logit give any number. `rows` ascend.
         """
 
 
@@ -64,52 +115,47 @@ class Sampler:
         """Drop what is remembered of an ended request."""
         self._counts.pop(request_id, None)
 
-    def sample(self, logits: torch.Tensor, requests: Sequence[Request]) -> list[Sample]:
-        """One token per row of `logits` [R, V] float32; row r belongs to `requests[r]`."""
-        if not requests:
-            return []
+    def launch(self, logits: torch.Tensor, requests: Sequence[Request]) -> Pending:
+        """Choose one token per row of `logits` [R, V] float32; row r belongs to `requests[r]`. R > 0."""
         tokens = self._operations.argmax(logits)
-        finite = [token >= 0 for token in tokens]
-        logprobs = self._logprobs_rows(logits, requests)
+        modified = logits
         touched = [row for row, request in enumerate(requests) if _changes_logits(request)]
         if touched:
-            logits = self._adjust(logits, requests, touched)
+            modified = self._adjust(logits, requests, touched)
             # Penalties may overflow and bans may leave nothing to choose: those rows have no token either.
-            best = logits[touched].max(dim=-1)
-            usable = torch.isfinite(best.values).tolist()
-            for row, token, ok in zip(touched, best.indices.tolist(), usable, strict=True):
-                tokens[row] = token
-                finite[row] &= ok
+            best = select_rows(modified, touched).max(dim=-1)
+            tokens = _choose(tokens, touched, torch.where(torch.isfinite(best.values), best.indices, -1))
         drawn = [row for row, request in enumerate(requests) if request.params.temperature > _SAMPLING_EPS]
         if drawn:
             params = [requests[row].params for row in drawn]
             units = [random_unit(requests[row].seed, requests[row].num_tokens) for row in drawn]
-            for row, token in zip(drawn, self._operations.draw(logits, drawn, params, units), strict=True):
-                tokens[row] = token
-                finite[row] &= token >= 0
-        result = []
-        for row, (token_id, ok) in enumerate(zip(tokens, finite, strict=True)):
-            entry = None
-            if ok and row in logprobs:
-                count = requests[row].params.logprobs or 0
-                entry = token_logprobs(logprobs[row][None], [token_id], count)[0]
-            result.append(Sample(token_id if ok else None, entry))
-        return result
+            tokens = _choose(tokens, drawn, self._operations.draw(modified, drawn, params, units))
+        return Pending(tokens, self._score_choices(logits, tokens, requests))
 
-    def _logprobs_rows(self, logits: torch.Tensor, requests: Sequence[Request]) -> dict[int, torch.Tensor]:
-        """Log-probabilities [V] of the rows that asked for them."""
-        wanted = [row for row, request in enumerate(requests) if request.params.logprobs is not None]
-        if not wanted:
-            return {}
-        values = torch.log_softmax(logits[wanted], dim=-1)
-        return dict(zip(wanted, values, strict=True))
+    def score(self, logits: torch.Tensor, token_ids: Sequence[int], count: int) -> PendingScores:
+        """Log-probabilities of given tokens, one per row of `logits` [R, V], beside the `count` likeliest."""
+        return PendingScores(logits, to_device(token_ids, logits.device), count)
+
+    def _score_choices(
+        self, logits: torch.Tensor, tokens: torch.Tensor, requests: Sequence[Request]
+    ) -> list[tuple[list[int], PendingScores]]:
+        """Log-probabilities for the rows that asked for them, those with the same number of alternatives at
+        once: how many the neighbours want must not decide the order of tokens that tie."""
+        rows_of: dict[int, list[int]] = {}
+        for row, request in enumerate(requests):
+            if request.params.logprobs is not None:
+                rows_of.setdefault(request.params.logprobs, []).append(row)
+        return [
+            (rows, PendingScores(select_rows(logits, rows), select_rows(tokens, rows).clamp(min=0), count))
+            for count, rows in rows_of.items()
+        ]
 
     def _adjust(
         self, logits: torch.Tensor, requests: Sequence[Request], touched: Sequence[int]
     ) -> torch.Tensor:
         """A copy of the logits with min_tokens, penalties and bias applied to the rows `touched`."""
         logits = logits.clone()
-        penalised = [row for row in touched if _has_penalty(requests[row].params)]
+        penalised = [row for row in touched if requests[row].params.has_penalties]
         if penalised:
             self._apply_penalties(logits, penalised, [requests[row] for row in penalised])
         added: list[tuple[int, int, float]] = []  # row, token, what to add
@@ -120,38 +166,38 @@ class Sampler:
                 added += [(row, token, -torch.inf) for token in {*self._eos, *params.stop_token_ids}]
         if added:
             rows, columns, values = zip(*added, strict=True)
-            index = torch.tensor([rows, columns], device=logits.device)
-            delta = torch.tensor(values, dtype=logits.dtype, device=logits.device)
+            index = to_device(np.asarray([rows, columns]), logits.device)
+            delta = to_device(np.asarray(values, np.float32), logits.device)
             logits.index_put_((index[0], index[1]), delta, accumulate=True)
         return logits
 
     def _apply_penalties(
         self, logits: torch.Tensor, rows: Sequence[int], requests: Sequence[Request]
     ) -> None:
-        """Repetition penalty over prompt and output, then presence and frequency over output, in place."""
+        """Repetition penalty over prompt and output, then presence and frequency over output, in place.
+
+        The host must know all tokens of these requests: `Request.needs_last_token`.
+        """
         counts = [self._counts.setdefault(r.request_id, _TokenCounts(r)) for r in requests]
         for count, request in zip(counts, requests, strict=True):
             count.update(request.tokens)
         device = logits.device
 
         def flat(parts: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
-            lengths = [len(part) for part in parts]
-            row_index = np.repeat(np.asarray(rows, np.int64), lengths)
-            return torch.from_numpy(row_index).to(device), torch.from_numpy(np.concatenate(parts)).to(device)
+            row_index = np.repeat(np.asarray(rows, np.int64), [len(part) for part in parts])
+            return to_device(row_index, device), to_device(np.concatenate(parts), device)
 
         def per_token(name: str, index: torch.Tensor) -> torch.Tensor:
-            by_row = torch.zeros(logits.shape[0], dtype=logits.dtype, device=device)
-            by_row[list(rows)] = torch.tensor(
-                [getattr(r.params, name) for r in requests], dtype=logits.dtype, device=device
-            )
-            return by_row[index]
+            by_row = np.zeros(logits.shape[0], np.float32)
+            by_row[rows] = [getattr(r.params, name) for r in requests]
+            return to_device(by_row, device)[index]
 
         row, token = flat([count.seen_ids() for count in counts])
         values = logits[row, token]
         penalty = per_token("repetition_penalty", row)
         logits[row, token] = torch.where(values > 0, values / penalty, values * penalty)
         row, token = flat([count.output_ids() for count in counts])
-        times = torch.from_numpy(np.concatenate([count.output_counts() for count in counts])).to(device)
+        times = to_device(np.concatenate([count.output_counts() for count in counts]), device)
         delta = per_token("presence_penalty", row) + per_token("frequency_penalty", row) * times
         logits[row, token] -= delta.to(logits.dtype)
 
@@ -179,23 +225,26 @@ class _TokenCounts:
         return np.fromiter(self._output.values(), np.float32, len(self._output))
 
 
-def _has_penalty(params: SamplingParams) -> bool:
-    neutral = params.repetition_penalty == 1 and params.presence_penalty == 0
-    return not (neutral and params.frequency_penalty == 0)
-
-
 def _changes_logits(request: Request) -> bool:
     params = request.params
-    return bool(params.logit_bias) or _has_penalty(params) or request.num_output_tokens < params.min_tokens
+    return bool(params.logit_bias) or params.has_penalties or request.num_output_tokens < params.min_tokens
+
+
+def _choose(tokens: torch.Tensor, rows: Sequence[int], choices: torch.Tensor) -> torch.Tensor:
+    """`tokens` [R] with `choices` [len(rows)] in their place, but for rows that have no token already."""
+    if len(rows) == tokens.shape[0]:
+        return torch.where(tokens < 0, tokens, choices)
+    index = to_device(rows, tokens.device)
+    kept = tokens[index]
+    return tokens.index_put((index,), torch.where(kept < 0, kept, choices))
 
 
 class TorchRows:
-    """RowOperations in plain torch, on any device."""
+    """RowOperations in plain torch, on any device; `draw` waits for it where rows have filters."""
 
-    def argmax(self, logits: torch.Tensor) -> list[int]:
+    def argmax(self, logits: torch.Tensor) -> torch.Tensor:
         finite = torch.isfinite(logits).all(dim=-1)  # [R]
-        tokens: list[int] = torch.where(finite, logits.argmax(dim=-1), -1).tolist()
-        return tokens
+        return torch.where(finite, logits.argmax(dim=-1), -1)
 
     def draw(
         self,
@@ -203,25 +252,22 @@ class TorchRows:
         rows: Sequence[int],
         params: Sequence[SamplingParams],
         units: Sequence[float],
-    ) -> list[int]:
-        if len(rows) != len(logits):
-            logits = logits[list(rows)]  # [S, V]
-        device = logits.device
-        temperature = torch.tensor([p.temperature for p in params], dtype=logits.dtype, device=device)
-        scaled = logits / temperature[:, None]
+    ) -> torch.Tensor:
+        logits = select_rows(logits, rows)  # [S, V]
+        numbers = to_device(np.asarray([[p.temperature for p in params], units]), logits.device)  # float64
+        scaled = logits / numbers[0].to(logits.dtype)[:, None]
         filtered = [row for row, p in enumerate(params) if p.top_k > 0 or p.top_p < 1 or p.min_p > 0]
         if filtered:
             floor = _filter_floor(scaled[filtered], [params[row] for row in filtered])
             scaled[filtered] = scaled[filtered].masked_fill(scaled[filtered] < floor[:, None], -torch.inf)
         cumulative = torch.softmax(scaled.double(), dim=-1).cumsum(dim=-1)  # [S, V]
         total = cumulative[:, -1]
-        target = torch.tensor(units, dtype=torch.float64, device=device) * total
+        target = numbers[1] * total
         target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
         target = target.nan_to_num()  # rows without a finite logit
         # right=True: the first token whose cumulative probability exceeds the target, never one of no mass
         drawn = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
-        tokens: list[int] = drawn.clamp_(max=logits.shape[-1] - 1).tolist()
-        return tokens
+        return drawn.clamp_(max=logits.shape[-1] - 1)
 
 
 def _filter_floor(scaled: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
@@ -264,22 +310,3 @@ def random_unit(seed: int, position: int) -> float:
     data = struct.pack("<qq", seed, position)
     (bits,) = struct.unpack("<Q", hashlib.blake2b(data, digest_size=8).digest())
     return float((bits >> 11) * 2.0**-53)
-
-
-def token_logprobs(logprobs: torch.Tensor, token_ids: Sequence[int], count: int) -> list[TokenLogprobs]:
-    """Entries for `token_ids[r]` in row r of `logprobs` [R, V], with the `count` likeliest tokens each."""
-    chosen = torch.tensor(token_ids, device=logprobs.device)
-    values = logprobs.gather(-1, chosen[:, None])  # [R, 1]
-    ranks = (logprobs > values).sum(dim=-1) + 1
-    top = logprobs.topk(count, dim=-1)
-    return [
-        TokenLogprobs(token_id, value, rank, list(zip(ids, best, strict=True)))
-        for token_id, value, rank, ids, best in zip(
-            token_ids,
-            values[:, 0].tolist(),
-            ranks.tolist(),
-            top.indices.tolist(),
-            top.values.tolist(),
-            strict=True,
-        )
-    ]

@@ -12,6 +12,10 @@ When blocks run out, the running request that is last in order (priority, then a
 blocks are released and it waits, to be computed again from its tokens. The first in order is never
 preempted for another, and a request alone always fits (`Engine.add` checks), so the oldest always advances.
 
+Planning may run ahead of what is known: a token that a step in flight chooses counts like any other, and a
+request that needs nothing but the value of its last one is left alone. Nothing is published before the host
+knows that the step which computed it went well.
+
 Invariant: a request is in exactly one of waiting and running from `add` to `remove`; only running
 requests hold blocks.
 """
@@ -25,6 +29,9 @@ from gqa_serve.engine.batch import PlanRow
 from gqa_serve.engine.block_pool import Chain
 from gqa_serve.engine.kv_manager import KVManager
 from gqa_serve.engine.request import Request
+
+Scheduled = list[tuple[Request, PlanRow]]
+"""The requests of a step, each with its row of the plan."""
 
 
 @dataclass
@@ -59,6 +66,10 @@ class Scheduler:
         """The request, if it is waiting or running."""
         return self._requests.get(request_id)
 
+    def holds(self, request: Request) -> bool:
+        """Whether this very request (another may have taken its id) has not ended."""
+        return self._requests.get(request.request_id) is request
+
     def __len__(self) -> int:
         return len(self._requests)
 
@@ -77,7 +88,7 @@ class Scheduler:
                 del self._groups[request.spec.group]
         return request
 
-    def schedule(self) -> list[tuple[Request, PlanRow]]:
+    def schedule(self) -> Scheduled:
         """The requests of the next step with their rows; every block they need is allocated."""
         chosen: dict[Request, int] = {}
         preemptions = self.num_preemptions
@@ -86,22 +97,32 @@ class Scheduler:
             self._schedule_waiting(chosen, budget)
         return [(request, self._row(request, count)) for request, count in chosen.items()]
 
-    def advance(self, request: Request, num_tokens: int) -> None:
-        """The step computed `num_tokens` more tokens of `request`: publish the blocks they filled."""
-        request.num_computed_tokens += num_tokens
-        self.kv.publish(request.request_id, request.tokens, request.num_computed_tokens)
+    def launched(self, request: Request, row: PlanRow) -> None:
+        """The step that computes `row` of `request` is on its way: plan on as if it were done."""
+        request.num_computed_tokens += len(row.token_ids)
+
+    def collected(self, request: Request, row: PlanRow) -> None:
+        """The step went well, and all of the row's tokens are known: publish the blocks they filled."""
+        end = row.start + len(row.token_ids)
+        if request.num_computed_tokens >= end:  # else it was preempted since, and its blocks are gone
+            self.kv.publish(request.request_id, request.tokens, end)
 
     def _schedule_running(self, chosen: dict[Request, int]) -> int:
         """Give tokens to running requests; returns what is left of the budget."""
-        decoding = [request for request in self.running if request.num_pending_tokens == 1]
-        catching_up = [request for request in self.running if request.num_pending_tokens > 1]
+        decoding: list[tuple[Request, int]] = []
+        catching_up: list[tuple[Request, int]] = []
+        for request in self.running:
+            pending = request.num_pending_tokens
+            if pending > 0:
+                (decoding if pending == 1 else catching_up).append((request, pending))
         budget = self.limits.max_num_batched_tokens
-        for request in decoding + catching_up:
+        preemptions = self.num_preemptions
+        for request, pending in decoding + catching_up:
             if budget == 0:
                 break
-            if request not in self.running:
+            if self.num_preemptions > preemptions and request not in self.running:
                 continue  # preempted by one before it in this loop
-            count = min(request.num_pending_tokens, budget)
+            count = min(pending, budget)
             while not self.kv.extend(request.request_id, request.num_computed_tokens + count):
                 victim = self.running[-1]
                 budget += chosen.pop(victim, 0)
@@ -159,18 +180,18 @@ class Scheduler:
         return f"group:{spec.group}" if spec.group is not None else None
 
     def _waits_for_sibling(self, request: Request) -> bool:
-        """Whether the first of the request's group is still computing the prompt they share."""
+        """Whether the first of the request's group has yet to publish the blocks that they can share."""
         if request.spec.group is None:
             return False
         first = self._groups[request.spec.group][0]
-        return first is not request and first.num_computed_tokens < first.num_prompt_tokens
+        size = self.kv.pool.block_size
+        shared = (request.num_prompt_tokens - 1) // size * size
+        return first is not request and self.kv.num_published_tokens(first.request_id) < shared
 
     def _preempt(self, request: Request) -> None:
         self.running.remove(request)
         self.kv.release(request.request_id)
         request.num_computed_tokens = 0
-        if not request.has_output:
-            request.prompt_logprobs.clear()
         bisect.insort(self.waiting, request, key=_order)
         self.num_preemptions += 1
 
@@ -180,7 +201,11 @@ class Scheduler:
         num_logits = 1 if end == request.num_tokens else 0
         if request.scores_prompt:
             num_logits = count
-        return PlanRow(request.tokens[start:end], start, self.kv.block_ids(request.request_id), num_logits)
+        token_ids, previous_row = request.tokens[start:end], -1
+        if len(token_ids) < count:  # by one: the token that the step in flight chooses
+            token_ids.append(0)
+            previous_row = request.sample_row
+        return PlanRow(token_ids, start, self.kv.block_ids(request.request_id), num_logits, previous_row)
 
 
 def _order(request: Request) -> tuple[int, int]:

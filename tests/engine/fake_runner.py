@@ -3,11 +3,16 @@
 The next token is a hash of the whole context, read back through the block table, so that any mistake in
 block accounting, positions, chunking, prefix reuse or preemption changes what is generated. `expected`
 computes the same from the tokens alone: the oracle.
+
+With `lookahead` it stands for a GPU: hidden states, logits and tokens are `OnDevice`, and reading a value of
+those anywhere but in the `result` of what the sampler launched fails.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -15,9 +20,95 @@ from gqa_serve.config import EngineConfig
 from gqa_serve.engine.batch import ForwardBatch, StepPlan
 from gqa_serve.engine.core import Engine
 from gqa_serve.engine.request import EngineRequest, ModelInfo, SamplingParams, TokenOutput
+from gqa_serve.engine.sampler import Pending, PendingScores, Sampler, TorchRows
 
 VOCAB = 97
 EOS = 3
+
+_READS = {
+    getattr(torch.Tensor, name)
+    for name in (
+        *("tolist", "item", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "__iter__"),
+        *("__contains__", "__repr__", "equal", "allclose", "nonzero", "masked_select", "unique"),
+    )
+}
+
+
+class OnDevice(torch.Tensor):
+    """A tensor whose values the host may see only inside `done`; what is computed from one is another."""
+
+    _done = False
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if (func in _READS or (func is torch.Tensor.to and "cpu" in args[1:])) and not cls._done:
+            raise AssertionError(f"{func.__name__} waits for the device")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+    @classmethod
+    @contextmanager
+    def done(cls) -> Iterator[None]:
+        """While the host has waited for the device."""
+        cls._done = True
+        try:
+            yield
+        finally:
+            cls._done = False
+
+
+def on_device(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.as_subclass(OnDevice)
+
+
+class DeviceRows(TorchRows):
+    """Row operations inside the device, which may look at its own tensors."""
+
+    def argmax(self, logits: torch.Tensor) -> torch.Tensor:
+        return on_device(super().argmax(logits.as_subclass(torch.Tensor)))
+
+    def draw(self, logits: torch.Tensor, *args: Any) -> torch.Tensor:
+        return on_device(super().draw(logits.as_subclass(torch.Tensor), *args))
+
+
+class Watched:
+    """A `Pending` or `PendingScores`, which may be collected once; `on_collect` may raise then."""
+
+    def __init__(self, pending: Pending | PendingScores, on_collect: Callable[[], None] | None) -> None:
+        self.pending = pending
+        self.on_collect = on_collect
+        self.collected = False
+        self.num_collected = 0
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        return self.pending.tokens
+
+    def result(self) -> list[Any]:
+        assert not self.collected, "collected twice"
+        self.collected = True
+        if self.on_collect is not None:
+            self.on_collect()
+        with OnDevice.done():
+            result: list[Any] = self.pending.result()
+        self.num_collected = len(result)
+        return result
+
+
+class WatchedSampler(Sampler):
+    """`launched` holds what was launched, in order; `on_collect` as in `Watched`."""
+
+    on_collect: Callable[[], None] | None = None
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.launched: list[Watched] = []
+
+    def launch(self, *args: Any) -> Any:
+        self.launched.append(Watched(super().launch(*args), self.on_collect))
+        return self.launched[-1]
+
+    def score(self, *args: Any) -> Any:
+        return Watched(super().score(*args), self.on_collect)
 
 
 def context_hash(tokens: Sequence[int]) -> int:
@@ -38,15 +129,17 @@ class FakeRunner:
     """`on_execute(plan)`, if given, runs before each step and may raise."""
 
     eos_token_ids = (EOS,)
-    row_operations = None
 
     def __init__(
         self,
+        lookahead: bool,
         num_blocks: int,
         block_size: int,
         max_model_len: int,
         on_execute: Callable[[StepPlan], None] | None = None,
     ) -> None:
+        self.lookahead = lookahead
+        self.row_operations = DeviceRows() if lookahead else None
         self.memory = torch.full((num_blocks * block_size,), -1, dtype=torch.int64)
         self.block_size = block_size
         self.on_execute = on_execute
@@ -70,11 +163,12 @@ class FakeRunner:
             max_num_seqs=8,
         )
 
-    def execute(self, plan: StepPlan) -> torch.Tensor:
+    def execute(self, plan: StepPlan, previous: torch.Tensor | None = None) -> torch.Tensor:
         if self.on_execute is not None:
             self.on_execute(plan)
         self.plans.append(plan)
-        batch = ForwardBatch.from_plan(plan, self.block_size, torch.device("cpu"))
+        assert all(type(token) is int for row in plan.rows for token in row.token_ids)
+        batch = ForwardBatch.from_plan(plan, self.block_size, torch.device("cpu"), previous)
         assert len(set(batch.slots.tolist())) == len(batch.slots), "two tokens written to one slot"
         self.memory[batch.slots] = batch.token_ids
         hashes, row = [], 0
@@ -84,23 +178,32 @@ class FakeRunner:
             begin = context_len - batch.query_lens[index]
             hashes += [context_hash(context[: end + 1]) for end in range(begin, context_len)]
             row += batch.query_lens[index]
-        return torch.tensor(hashes, dtype=torch.int64)[batch.logit_rows]
+        hidden = torch.tensor(hashes, dtype=torch.int64)[batch.logit_rows]
+        return on_device(hidden) if self.lookahead else hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return logits_of(hidden)
+        logits = logits_of(hidden)
+        assert isinstance(logits, OnDevice) == self.lookahead
+        return logits
 
 
 def make_engine(
+    lookahead: bool,
     num_blocks: int = 64,
     block_size: int = 4,
     max_model_len: int = 64,
     on_execute: Callable[[StepPlan], None] | None = None,
+    on_collect: Callable[[], None] | None = None,
     **settings: object,
 ) -> Engine:
     settings = {"max_num_seqs": 8, "max_num_batched_tokens": 16, "seed": 0, **settings}
     config = EngineConfig(model="fake", block_size=block_size, **settings)
-    runner = FakeRunner(num_blocks, block_size, min(max_model_len, num_blocks * block_size), on_execute)
-    return Engine(runner, config)
+    context = min(max_model_len, num_blocks * block_size)
+    runner = FakeRunner(lookahead, num_blocks, block_size, context, on_execute)
+    engine = Engine(runner, config)
+    engine.sampler = WatchedSampler(runner.eos_token_ids, runner.row_operations)
+    engine.sampler.on_collect = on_collect
+    return engine
 
 
 def expected(prompt: Sequence[int], params: SamplingParams, max_model_len: int = 64) -> list[int]:

@@ -15,7 +15,7 @@ RAISE, DIE, SLOW = 100, 101, 102
 
 
 class FaultyRunner(model_runner.ModelRunner):
-    def execute(self, plan: StepPlan) -> torch.Tensor:
+    def execute(self, plan: StepPlan, previous: torch.Tensor | None = None) -> torch.Tensor:
         tokens = {token for row in plan.rows for token in row.token_ids}
         if RAISE in tokens:
             raise RuntimeError("planted")
@@ -23,7 +23,7 @@ class FaultyRunner(model_runner.ModelRunner):
             os._exit(9)
         if SLOW in tokens:
             time.sleep(0.2)
-        return super().execute(plan)
+        return super().execute(plan, previous)
 
 
 if __name__ == "__main__":

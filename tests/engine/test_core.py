@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -23,16 +25,22 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from gqa_serve.engine import core
-from gqa_serve.engine.request import SamplingParams
+from gqa_serve.engine.request import SamplingParams, TokenOutput
 from gqa_serve.errors import ContextLengthError, RequestError
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["at_once", "ahead"])
+def lookahead(request: pytest.FixtureRequest) -> bool:
+    """Whether a step is launched before the one before it is collected."""
+    return request.param
 
 
 def prompt_of(length: int, seed: int = 0) -> list[int]:
     return random.Random(seed).choices(range(4, VOCAB), k=length)
 
 
-def test_one_request_generates_what_the_oracle_does() -> None:
-    engine = make_engine()
+def test_one_request_generates_what_the_oracle_does(lookahead: bool) -> None:
+    engine = make_engine(lookahead)
     engine.add(request("a", prompt_of(11), max_tokens=20))
     outputs = run(engine)["a"]
     assert tokens_of(outputs) == expected(prompt_of(11), SamplingParams(max_tokens=20, ignore_eos=True))
@@ -50,6 +58,7 @@ def test_one_request_generates_what_the_oracle_does() -> None:
     arrivals=st.randoms(use_true_random=False),
 )
 def test_batching_chunking_reuse_and_preemption_are_invisible(
+    lookahead: bool,
     lengths: list[tuple[int, int]],
     num_blocks: int,
     budget: int,
@@ -57,7 +66,9 @@ def test_batching_chunking_reuse_and_preemption_are_invisible(
     shared: int,
     arrivals: random.Random,
 ) -> None:
-    engine = make_engine(num_blocks, max_num_batched_tokens=budget, max_num_seqs=4, prefix_caching=caching)
+    engine = make_engine(
+        lookahead, num_blocks, max_num_batched_tokens=budget, max_num_seqs=4, prefix_caching=caching
+    )
     common = prompt_of(shared, 99)
     wanted, outputs = {}, {}
     pending = [
@@ -78,8 +89,8 @@ def test_batching_chunking_reuse_and_preemption_are_invisible(
         assert [part.finish_reason is not None for part in parts] == [False] * (len(parts) - 1) + [True]
 
 
-def test_preemption_happens_in_a_small_pool_and_changes_nothing() -> None:
-    engine = make_engine(num_blocks=12, max_num_batched_tokens=64)
+def test_preemption_happens_in_a_small_pool_and_changes_nothing(lookahead: bool) -> None:
+    engine = make_engine(lookahead, num_blocks=12, max_num_batched_tokens=64)
     for i in range(6):
         engine.add(request(f"r{i}", prompt_of(7, i), max_tokens=24))
     outputs = run(engine)
@@ -89,8 +100,8 @@ def test_preemption_happens_in_a_small_pool_and_changes_nothing() -> None:
         assert tokens_of(outputs[f"r{i}"]) == wanted
 
 
-def test_the_first_in_order_is_never_preempted_and_keeps_its_count_of_cached_tokens() -> None:
-    engine = make_engine(num_blocks=12, max_num_batched_tokens=64)
+def test_the_first_in_order_is_never_preempted_and_keeps_its_count_of_cached_tokens(lookahead: bool) -> None:
+    engine = make_engine(lookahead, num_blocks=12, max_num_batched_tokens=64)
     for i in range(6):
         engine.add(request(f"r{i}", prompt_of(7, i), max_tokens=24))
     cached = {}
@@ -102,9 +113,9 @@ def test_the_first_in_order_is_never_preempted_and_keeps_its_count_of_cached_tok
     assert all(values == {0} for values in cached.values())  # finding its own blocks again is no prefix hit
 
 
-def test_nobody_is_admitted_into_room_that_running_requests_are_about_to_need() -> None:
+def test_nobody_is_admitted_into_room_that_running_requests_are_about_to_need(lookahead: bool) -> None:
     # 6 blocks of 4: two requests hold 2 each and need a third each for their 9th token.
-    engine = make_engine(num_blocks=6, max_model_len=24, prefix_caching=False)
+    engine = make_engine(lookahead, num_blocks=6, max_model_len=24, prefix_caching=False)
     for name in ("a", "b"):
         engine.add(request(name, prompt_of(7), max_tokens=3))
     engine.step()
@@ -113,8 +124,8 @@ def test_nobody_is_admitted_into_room_that_running_requests_are_about_to_need() 
     assert engine.scheduler.num_preemptions == 0
 
 
-def test_a_prompt_scored_twice_because_of_preemption_has_one_entry_per_token() -> None:
-    engine = make_engine(num_blocks=12, max_num_batched_tokens=8, max_num_seqs=4)
+def test_a_prompt_scored_twice_because_of_preemption_has_one_entry_per_token(lookahead: bool) -> None:
+    engine = make_engine(lookahead, num_blocks=12, max_num_batched_tokens=8, max_num_seqs=4)
     for i in range(2):
         engine.add(request(f"old{i}", prompt_of(4, i), max_tokens=20))
     engine.step()
@@ -131,8 +142,8 @@ def test_a_prompt_scored_twice_because_of_preemption_has_one_entry_per_token() -
     assert [entry is None for entry in scored.prompt_logprobs] == [True] + [False] * 27
 
 
-def test_equal_blocks_after_different_beginnings_are_different() -> None:
-    engine = make_engine(block_size=4)
+def test_equal_blocks_after_different_beginnings_are_different(lookahead: bool) -> None:
+    engine = make_engine(lookahead, block_size=4)
     first, second, block = prompt_of(4, 1), prompt_of(4, 2), prompt_of(4, 3)
     for number, prompt in enumerate([first + block, second]):
         engine.add(request(f"r{number}", [*prompt, 50], max_tokens=1))
@@ -144,8 +155,8 @@ def test_equal_blocks_after_different_beginnings_are_different() -> None:
     assert tokens_of(outputs) == expected([*second, *block, 50], params)
 
 
-def test_a_chain_is_evicted_from_its_end() -> None:
-    engine = make_engine(num_blocks=8, block_size=4, max_model_len=32)
+def test_a_chain_is_evicted_from_its_end(lookahead: bool) -> None:
+    engine = make_engine(lookahead, num_blocks=8, block_size=4, max_model_len=32)
     chain = prompt_of(12, 1)
     engine.add(request("chain", [*chain, 50], max_tokens=1))
     run(engine)
@@ -155,8 +166,8 @@ def test_a_chain_is_evicted_from_its_end() -> None:
     assert run(engine)["again"][0].num_cached_tokens == 8
 
 
-def test_others_are_admitted_past_a_sibling_that_waits() -> None:
-    engine = make_engine(max_num_batched_tokens=16)
+def test_others_are_admitted_past_a_sibling_that_waits(lookahead: bool) -> None:
+    engine = make_engine(lookahead, max_num_batched_tokens=16)
     for name in ("c0", "c1"):
         engine.add(request(name, prompt_of(14), group="g"))
     engine.add(request("x", prompt_of(2, 1)))
@@ -164,14 +175,14 @@ def test_others_are_admitted_past_a_sibling_that_waits() -> None:
     assert [len(row.token_ids) for row in engine.runner.plans[0].rows] == [14, 2]
 
 
-def test_the_count_of_failed_steps_starts_again_after_a_success() -> None:
+def test_the_count_of_failed_steps_starts_again_after_a_success(lookahead: bool) -> None:
     fail = {"now": False}
 
     def on_execute(plan: object) -> None:
         if fail["now"]:
             raise RuntimeError("injected")
 
-    engine = make_engine(on_execute=on_execute)
+    engine = make_engine(lookahead, on_execute=on_execute)
     for planned in (True, True, False, True):
         fail["now"] = planned
         engine.add(request(f"r{planned}", prompt_of(3), max_tokens=1))
@@ -179,13 +190,13 @@ def test_the_count_of_failed_steps_starts_again_after_a_success() -> None:
     assert engine.num_failed_steps == 1
 
 
-def test_seeded_sampling_is_the_same_alone_and_in_a_preempting_crowd() -> None:
+def test_seeded_sampling_is_the_same_alone_and_in_a_preempting_crowd(lookahead: bool) -> None:
     def seeded(name: str) -> object:
         return request(name, prompt_of(9), max_tokens=24, temperature=1.0, seed=7, top_p=0.9)
 
-    alone = make_engine()
+    alone = make_engine(lookahead)
     alone.add(seeded("x"))
-    crowd = make_engine(num_blocks=12, max_num_batched_tokens=9, prefix_caching=False)
+    crowd = make_engine(lookahead, num_blocks=12, max_num_batched_tokens=9, prefix_caching=False)
     for i in range(5):
         crowd.add(request(f"r{i}", prompt_of(7, i), max_tokens=24, temperature=1.0))
     crowd.add(seeded("x"))
@@ -193,9 +204,9 @@ def test_seeded_sampling_is_the_same_alone_and_in_a_preempting_crowd() -> None:
     assert crowd.scheduler.num_preemptions > 0
 
 
-def test_engine_seed_makes_unseeded_requests_repeatable() -> None:
+def test_engine_seed_makes_unseeded_requests_repeatable(lookahead: bool) -> None:
     def once(seed: int | None) -> list[int]:
-        engine = make_engine(seed=seed)
+        engine = make_engine(lookahead, seed=seed)
         engine.add(request("a", prompt_of(5), temperature=1.0, max_tokens=16))
         return tokens_of(run(engine)["a"])
 
@@ -204,8 +215,8 @@ def test_engine_seed_makes_unseeded_requests_repeatable() -> None:
     assert once(None) != once(None)
 
 
-def test_a_prompt_seen_before_is_found_in_the_cache_but_for_its_last_token() -> None:
-    engine = make_engine(block_size=4)
+def test_a_prompt_seen_before_is_found_in_the_cache_but_for_its_last_token(lookahead: bool) -> None:
+    engine = make_engine(lookahead, block_size=4)
     engine.add(request("a", prompt_of(16)))
     first = run(engine)["a"]
     engine.add(request("b", prompt_of(16)))
@@ -215,8 +226,8 @@ def test_a_prompt_seen_before_is_found_in_the_cache_but_for_its_last_token() -> 
     assert tokens_of(first) == tokens_of(second)
 
 
-def test_cache_salt_separates_prefixes() -> None:
-    engine = make_engine()
+def test_cache_salt_separates_prefixes(lookahead: bool) -> None:
+    engine = make_engine(lookahead)
     for name, salt in (("a", "x"), ("b", "y"), ("c", "x")):
         spec = request(name, prompt_of(16))
         import msgspec
@@ -227,8 +238,8 @@ def test_cache_salt_separates_prefixes() -> None:
 
 
 @pytest.mark.parametrize("caching", [True, False])
-def test_choices_of_a_group_compute_the_shared_prompt_once(caching: bool) -> None:
-    engine = make_engine(max_num_batched_tokens=64, prefix_caching=caching)
+def test_choices_of_a_group_compute_the_shared_prompt_once(lookahead: bool, caching: bool) -> None:
+    engine = make_engine(lookahead, max_num_batched_tokens=64, prefix_caching=caching)
     for i in range(4):
         engine.add(request(f"c{i}", prompt_of(17), group="g", temperature=1.0, seed=i, max_tokens=3))
     outputs = run(engine)
@@ -241,8 +252,8 @@ def test_choices_of_a_group_compute_the_shared_prompt_once(caching: bool) -> Non
         assert run(engine)["later"][0].num_cached_tokens == 0
 
 
-def test_siblings_go_on_when_the_first_of_the_group_is_aborted() -> None:
-    engine = make_engine(max_num_batched_tokens=8, max_num_seqs=8)
+def test_siblings_go_on_when_the_first_of_the_group_is_aborted(lookahead: bool) -> None:
+    engine = make_engine(lookahead, max_num_batched_tokens=8, max_num_seqs=8)
     for i in range(3):
         engine.add(request(f"c{i}", prompt_of(30), group="g"))
     engine.step()
@@ -252,8 +263,8 @@ def test_siblings_go_on_when_the_first_of_the_group_is_aborted() -> None:
     assert_conserved(engine)
 
 
-def test_decoding_advances_in_every_step_beside_a_long_prompt() -> None:
-    engine = make_engine(num_blocks=64, max_num_batched_tokens=8)
+def test_decoding_advances_in_every_step_beside_a_long_prompt(lookahead: bool) -> None:
+    engine = make_engine(lookahead, num_blocks=64, max_num_batched_tokens=8)
     engine.add(request("decoding", prompt_of(3), max_tokens=30))
     engine.step()
     engine.add(request("long", prompt_of(50)))
@@ -261,8 +272,8 @@ def test_decoding_advances_in_every_step_beside_a_long_prompt() -> None:
         assert "decoding" in {output.request_id for output in engine.step()}
 
 
-def test_lower_priority_numbers_run_first() -> None:
-    engine = make_engine(max_num_seqs=1, max_num_batched_tokens=8)
+def test_lower_priority_numbers_run_first(lookahead: bool) -> None:
+    engine = make_engine(lookahead, max_num_seqs=1, max_num_batched_tokens=8)
     engine.add(request("late", prompt_of(4), priority=1, max_tokens=2))
     engine.add(request("soon", prompt_of(4, 1), priority=0, max_tokens=2))
     ended = []
@@ -271,10 +282,10 @@ def test_lower_priority_numbers_run_first() -> None:
     assert ended == ["soon", "late"]
 
 
-def test_eos_stop_token_min_tokens_and_ignore_eos() -> None:
+def test_eos_stop_token_min_tokens_and_ignore_eos(lookahead: bool) -> None:
     prompt = prompt_of(5)
     stream = expected(prompt, SamplingParams(max_tokens=12, ignore_eos=True))
-    engine = make_engine()
+    engine = make_engine(lookahead)
     engine.add(request("stop", prompt, max_tokens=12, stop_token_ids=[stream[4]]))
     (*_, last) = outputs = run(engine)["stop"]
     first = stream.index(stream[4])
@@ -285,9 +296,9 @@ def test_eos_stop_token_min_tokens_and_ignore_eos() -> None:
     assert stream[4] not in tokens_of(run(engine)["min"])[:8]
 
 
-def test_eos_ends_unless_ignored() -> None:
+def test_eos_ends_unless_ignored(lookahead: bool) -> None:
     # A bias makes the end-of-sequence token certain.
-    engine = make_engine()
+    engine = make_engine(lookahead)
     engine.add(request("ends", prompt_of(5), ignore_eos=False, logit_bias={EOS: 100.0}))
     engine.add(request("goes on", prompt_of(5), ignore_eos=True, logit_bias={EOS: 100.0}, max_tokens=5))
     engine.add(request("min", prompt_of(5), ignore_eos=False, logit_bias={EOS: 100.0}, min_tokens=3))
@@ -299,8 +310,8 @@ def test_eos_ends_unless_ignored() -> None:
     assert tokens_of(outputs["min"]).index(EOS) == 3
 
 
-def test_the_context_length_ends_a_request() -> None:
-    engine = make_engine(max_model_len=20)
+def test_the_context_length_ends_a_request(lookahead: bool) -> None:
+    engine = make_engine(lookahead, max_model_len=20)
     engine.add(request("a", prompt_of(15), max_tokens=100))
     outputs = run(engine)["a"]
     assert len(tokens_of(outputs)) == 5
@@ -318,18 +329,20 @@ def test_the_context_length_ends_a_request() -> None:
         (request("a", [5], logit_bias={VOCAB: 1.0}), RequestError),
     ],
 )
-def test_what_cannot_be_computed_is_refused(spec: object, error: type[Exception]) -> None:
-    engine = make_engine()
+def test_what_cannot_be_computed_is_refused(lookahead: bool, spec: object, error: type[Exception]) -> None:
+    engine = make_engine(lookahead)
     with pytest.raises(error):
         engine.add(spec)
     assert not engine.has_work
 
 
 @pytest.mark.parametrize("budget", [4, 7, 64])
-def test_prompt_logprobs_score_every_prompt_token(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompt_logprobs_score_every_prompt_token(
+    lookahead: bool, budget: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(core, "_SCORING_ROWS", 4)
     prompt = prompt_of(19)
-    engine = make_engine(max_num_batched_tokens=budget, max_num_seqs=4)
+    engine = make_engine(lookahead, max_num_batched_tokens=budget, max_num_seqs=4)
     engine.add(request("warm", prompt))  # fills the prefix cache, which scoring must not use
     run(engine)
     engine.add(request("a", prompt, prompt_logprobs=2, max_tokens=0))
@@ -349,20 +362,26 @@ def test_prompt_logprobs_score_every_prompt_token(budget: int, monkeypatch: pyte
         assert [token for token, _ in entry.top] == logprobs.topk(2).indices.tolist()
 
 
-def test_a_step_that_raises_fails_only_its_requests() -> None:
+def test_a_step_that_raises_fails_only_its_requests(lookahead: bool) -> None:
     fail = {"now": False}
 
     def on_execute(plan: object) -> None:
         if fail["now"]:
             raise RuntimeError("injected")
 
-    engine = make_engine(on_execute=on_execute, max_num_seqs=2, max_num_batched_tokens=32)
+    engine = make_engine(lookahead, on_execute=on_execute, max_num_seqs=2, max_num_batched_tokens=32)
     for i in range(4):
         engine.add(request(f"r{i}", prompt_of(5, i)))
     engine.step()
     fail["now"] = True
     failed = engine.step()
     fail["now"] = False
+    if lookahead:  # the step launched before it went well
+        assert [(o.request_id, len(o.token_ids), o.finish_reason) for o in failed[:2]] == [
+            ("r0", 1, None),
+            ("r1", 1, None),
+        ]
+        failed = failed[2:]
     assert {o.request_id: o.finish_reason for o in failed} == {"r0": "error", "r1": "error"}
     assert all("RuntimeError" in (o.error or "") for o in failed)
     assert_conserved(engine)
@@ -373,8 +392,8 @@ def test_a_step_that_raises_fails_only_its_requests() -> None:
         )
 
 
-def test_logits_that_are_not_finite_fail_only_their_row() -> None:
-    engine = make_engine()
+def test_logits_that_are_not_finite_fail_only_their_row(lookahead: bool) -> None:
+    engine = make_engine(lookahead)
     original = engine.runner.logits
 
     def logits(hidden: torch.Tensor) -> torch.Tensor:
@@ -385,10 +404,16 @@ def test_logits_that_are_not_finite_fail_only_their_row() -> None:
     engine.add(request("bad", prompt_of(5)))
     engine.add(request("good", prompt_of(6)))
     engine.runner.logits = logits
-    ends = {o.request_id: o.finish_reason for o in engine.step()}
+    outputs = engine.step()
     engine.runner.logits = original
-    assert ends == {"bad": "error", "good": None}
-    assert tokens_of(run(engine)["good"])
+    if lookahead:  # the next step is launched on a row that has no token
+        outputs += engine.step()
+    assert {o.request_id: o.finish_reason for o in outputs} == {"bad": "error", "good": None}
+    good = outputs + run(engine)["good"]
+    # not the oracle's: its first token was chosen from other logits
+    assert len(tokens_of(good)) == 8
+    assert good[-1].finish_reason == "length"
+    assert engine.num_discarded_tokens == lookahead
 
 
 @pytest.mark.parametrize(
@@ -407,8 +432,8 @@ def test_logits_that_are_not_finite_fail_only_their_row() -> None:
         {"top_k": -1, "top_p": 1e-9, "min_p": 1.0, "temperature": 2.0, "seed": -(2**63)},
     ],
 )
-def test_extreme_parameters_never_touch_a_neighbour(params: dict[str, object]) -> None:
-    engine = make_engine()
+def test_extreme_parameters_never_touch_a_neighbour(lookahead: bool, params: dict[str, object]) -> None:
+    engine = make_engine(lookahead)
     engine.add(request("neighbour", prompt_of(5), max_tokens=10))
     for number in range(3):
         engine.add(request(f"extreme{number}", prompt_of(6, number), **{"max_tokens": 6, **params}))
@@ -422,37 +447,245 @@ def test_extreme_parameters_never_touch_a_neighbour(params: dict[str, object]) -
         assert outputs[f"extreme{number}"][-1].finish_reason in ("length", "error")
 
 
-class EngineMachine(RuleBasedStateMachine):
-    """Any interleaving of add, abort, step and failing steps conserves blocks and ends each request once."""
+# --- looking ahead ---
 
+
+def greedy(prompt: list[int], max_tokens: int) -> list[int]:
+    return expected(prompt, SamplingParams(max_tokens=max_tokens, ignore_eos=True))
+
+
+def test_a_step_is_launched_on_tokens_that_only_the_device_knows() -> None:
+    engine = make_engine(True)
+    engine.add(request("a", prompt_of(5), max_tokens=3))
+    engine.add(request("b", prompt_of(6, 1), max_tokens=3))
+    assert engine.step() == []
+    first = engine.step()
+    assert [len(output.token_ids) for output in first] == [1, 1]
+    _, second = engine.runner.plans
+    assert [(row.token_ids, row.start, row.previous_row) for row in second.rows] == [([0], 5, 0), ([0], 6, 1)]
+    run(engine)
+
+
+def test_a_request_known_to_end_is_not_computed_again(lookahead: bool) -> None:
+    engine = make_engine(lookahead, max_model_len=20)
+    engine.add(request("tokens", prompt_of(5), max_tokens=4))
+    engine.add(request("context", prompt_of(11, 1), max_tokens=100))
+    outputs = run(engine)
+    assert (len(tokens_of(outputs["tokens"])), len(tokens_of(outputs["context"]))) == (4, 9)
+    assert [len(plan.rows) for plan in engine.runner.plans] == [2] * 4 + [1] * 5
+    assert engine.num_discarded_tokens == 0
+
+
+def test_what_was_computed_for_an_ended_request_is_discarded_once(lookahead: bool) -> None:
+    prompt = prompt_of(5)
+    stream = greedy(prompt, 12)
+    stop = next(token for i, token in enumerate(stream) if i >= 3 and token not in stream[:i])
+    engine = make_engine(lookahead)
+    engine.add(request("stops", prompt, max_tokens=12, stop_token_ids=[stop]))
+    engine.add(request("goes on", prompt_of(6, 1), max_tokens=12))
+    outputs: dict[str, list[TokenOutput]] = {"stops": [], "goes on": []}
+    while not any(output.finish_reason for output in outputs["stops"]):
+        for output in engine.step():
+            outputs[output.request_id].append(output)
+    assert engine.scheduler.get("stops") is None
+    assert_conserved(engine)  # its blocks are free though the step in flight writes to one
+    outputs["goes on"] += run(engine)["goes on"]
+    assert tokens_of(outputs["stops"]) == stream[: stream.index(stop) + 1]
+    assert tokens_of(outputs["goes on"]) == expected(
+        prompt_of(6, 1), SamplingParams(max_tokens=12, ignore_eos=True)
+    )
+    assert engine.num_discarded_tokens == lookahead
+
+
+def test_a_block_freed_under_a_step_in_flight_belongs_to_who_gets_it_next() -> None:
+    engine = make_engine(True, num_blocks=4, max_model_len=16)
+    engine.add(request("gone", prompt_of(13), max_tokens=3))
+    engine.step()
+    engine.abort("gone")
+    engine.add(request("next", prompt_of(12, 1), max_tokens=4))
+    outputs = run(engine)
+    assert set(outputs) == {"next"}
+    assert tokens_of(outputs["next"]) == expected(
+        prompt_of(12, 1), SamplingParams(max_tokens=4, ignore_eos=True)
+    )
+    assert engine.num_discarded_tokens == 1
+
+
+def test_penalties_wait_for_the_last_token_and_only_they_do() -> None:
+    engine = make_engine(True)
+    engine.add(request("free", prompt_of(5), max_tokens=12))
+    engine.add(request("penalised", prompt_of(30, 1), max_tokens=3, frequency_penalty=2.0))
+    outputs = run(engine)
+    waits = [all(row.previous_row < 0 for row in plan.rows) for plan in engine.runner.plans]
+    # the prompt takes three steps; its token and the next two are chosen with the ones before them known
+    assert waits == [True, False, False, True, True] + [False] * (len(waits) - 5)
+    assert tokens_of(outputs["penalised"]) == alone("penalised", 30, 1)[0][:3]
+    assert tokens_of(outputs["free"]) == expected(
+        prompt_of(5), SamplingParams(max_tokens=12, ignore_eos=True)
+    )
+
+
+def test_a_step_that_cannot_be_collected_fails_and_so_does_what_was_launched_on_it(lookahead: bool) -> None:
+    failing = []
+
+    def on_collect() -> None:
+        if failing:
+            raise RuntimeError(failing.pop())
+
+    engine = make_engine(lookahead, on_collect=on_collect, max_num_batched_tokens=8, max_num_seqs=2)
+    engine.add(request("first", prompt_of(8)))
+    engine.add(request("second", prompt_of(4, 1)))
+    engine.add(request("third", prompt_of(4, 2)))
+    if lookahead:
+        engine.step()  # "first" is in flight, and will be under "second"
+    failing.append("injected")
+    failed = engine.step()
+    assert {o.request_id: o.finish_reason for o in failed} == dict.fromkeys(
+        ["first", "second"] if lookahead else ["first"], "error"
+    )
+    assert all("RuntimeError" in (o.error or "") for o in failed)
+    assert engine.num_failed_steps == 1
+    assert_conserved(engine)
+    assert not engine.scheduler.kv.pool._entries  # nothing of a failed step may be found in the cache
+    outputs = run(engine)
+    assert tokens_of(outputs["third"]) == expected(
+        prompt_of(4, 2), SamplingParams(max_tokens=8, ignore_eos=True)
+    )
+    assert engine.num_failed_steps == 0
+
+
+def test_a_request_preempted_under_a_step_in_flight_keeps_the_token_of_that_step() -> None:
+    engine = make_engine(True, num_blocks=6, max_num_batched_tokens=64, max_model_len=24)
+    engine.add(request("a", prompt_of(7), max_tokens=16))
+    engine.add(request("b", prompt_of(7, 1), max_tokens=16))
+    outputs: dict[str, list[TokenOutput]] = {"a": [], "b": []}
+    unknown = []
+    while engine.has_work:
+        preemptions = engine.scheduler.num_preemptions
+        step = engine._collect
+
+        def collect(before: int = preemptions, step: Callable[[], list[TokenOutput]] = step) -> list:
+            if engine.scheduler.num_preemptions > before:
+                unknown.append([r.num_tokens - len(r.tokens) for r in engine.scheduler.waiting])
+            return step()
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine, "_collect", collect)
+            for output in engine.step():
+                outputs[output.request_id].append(output)
+        assert all(r.num_tokens == len(r.tokens) for r in engine.scheduler.waiting)
+    assert [1] in unknown
+    for number, name in enumerate("ab"):
+        wanted = greedy(prompt_of(7, number), 16)
+        assert tokens_of(outputs[name]) == wanted
+
+
+def test_an_engine_whose_requests_are_all_aborted_still_collects() -> None:
+    engine = make_engine(True)
+    engine.add(request("a", prompt_of(5)))
+    engine.step()
+    engine.abort("a")
+    assert (engine.num_requests, engine.has_work) == (0, True)
+    assert engine.step() == []
+    assert not engine.has_work
+    assert engine.num_discarded_tokens == 1
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    requests=st.lists(
+        st.tuples(st.sampled_from([1, 5, 16, 23]), st.integers(0, 2), st.integers(1, 12)),
+        min_size=1,
+        max_size=6,
+    ),
+    temperature=st.sampled_from([0.0, 1.0]),
+)
+def test_both_ways_find_the_same_prefixes_and_tokens(
+    requests: list[tuple[int, int, int]], temperature: float
+) -> None:
+    def serve(lookahead: bool) -> list[tuple[int, list[int]]]:
+        engine = make_engine(lookahead)
+        results = []
+        for number, (length, like, max_tokens) in enumerate(requests):  # one after the other
+            name = f"r{number}"
+            engine.add(
+                request(name, prompt_of(40, like)[:length], max_tokens=max_tokens, temperature=temperature)
+            )
+            outputs = run(engine)[name]
+            results.append((outputs[0].num_cached_tokens, tokens_of(outputs)))
+        return results
+
+    assert serve(True) == serve(False)
+
+
+KINDS: dict[str, dict[str, object]] = {
+    "greedy": {},
+    "stops": {"stop_token_ids": list(range(4, 30))},
+    "late stop": {"stop_token_ids": list(range(4, 30)), "min_tokens": 3},
+    "seeded": {"temperature": 1.0, "seed": 5, "top_p": 0.9},
+    "penalised": {"frequency_penalty": 2.0, "repetition_penalty": 1.5},
+    "scored": {"prompt_logprobs": 1, "logprobs": 1},
+    "scored only": {"prompt_logprobs": 0, "max_tokens": 0},
+    "one token": {"max_tokens": 1},
+}
+
+
+@functools.cache
+def alone(kind: str, length: int, like: int) -> tuple[list[int], object]:
+    """Tokens and the first output's prompt log-probabilities of a request that has the engine to itself."""
+    engine = make_engine(False, num_blocks=14)
+    engine.add(request("x", prompt_of(40, like)[:length], **{"max_tokens": 6, **KINDS[kind]}))
+    outputs = run(engine)["x"]
+    return tokens_of(outputs), outputs[0].prompt_logprobs
+
+
+class EngineMachine(RuleBasedStateMachine):
+    """Any interleaving of adds, aborts, failures and steps conserves blocks, ends each request once, and
+    gives every request what it gets alone, up to where it ended."""
+
+    lookahead: bool
     ids = Bundle("ids")
 
     def __init__(self) -> None:
         super().__init__()
-        self.fail = False
+        self.failing = ""
         self.engine = make_engine(
-            num_blocks=14, max_num_seqs=4, max_num_batched_tokens=9, on_execute=self._fault
+            self.lookahead,
+            num_blocks=14,
+            max_num_seqs=4,
+            max_num_batched_tokens=9,
+            on_execute=lambda plan: self._fault("launch"),
+            on_collect=lambda: self._fault("collect"),
         )
         self.count = 0
+        self.num_tokens = 0
         self.open: set[str] = set()
-        self.produced: dict[str, list[int]] = {}
-        self.prompts: dict[str, list[int]] = {}
-        self.whole: set[str] = set()
+        self.wanted: dict[str, tuple[list[int], object]] = {}
+        self.produced: dict[str, list[TokenOutput]] = {}
 
-    def _fault(self, plan: object) -> None:
-        if self.fail:
+    def _fault(self, where: str) -> None:
+        if self.failing == where:
             raise RuntimeError("injected")
 
-    @rule(target=ids, length=st.integers(1, 40), like=st.integers(0, 3), n=st.sampled_from([1, 1, 3]))
-    def add(self, length: int, like: int, n: int) -> str:
+    def _add(self, name: str, kind: str, length: int, like: int, group: str | None = None) -> None:
+        params = {"max_tokens": 6, **KINDS[kind]}
+        prompt = prompt_of(40, like)[:length]
+        self.engine.add(request(name, prompt, group=group, priority=like % 2, **params))
+        self.open.add(name)
+        self.wanted[name] = alone(kind, length, like)
+        self.produced[name] = []
+
+    @rule(
+        target=ids,
+        kind=st.sampled_from(list(KINDS)),
+        length=st.integers(1, 40),
+        like=st.integers(0, 3),
+        n=st.sampled_from([1, 1, 3]),
+    )
+    def add(self, kind: str, length: int, like: int, n: int) -> str:
         self.count += 1
         for choice in range(n):
-            name = f"r{self.count}-{choice}"
-            self.prompts[name] = prompt_of(40, like)[:length]
-            group = f"g{self.count}" if n > 1 else None
-            self.engine.add(request(name, self.prompts[name], group=group, max_tokens=6, priority=like % 2))
-            self.open.add(name)
-            self.produced[name] = []
+            self._add(f"r{self.count}-{choice}", kind, length, like, f"g{self.count}" if n > 1 else None)
         return f"r{self.count}-0"
 
     @rule(name=consumes(ids))
@@ -460,27 +693,32 @@ class EngineMachine(RuleBasedStateMachine):
         assert self.engine.abort(name) == (name in self.open)
         self.open.discard(name)
 
+    @rule(name=ids, kind=st.sampled_from(list(KINDS)), length=st.integers(1, 40))
+    def another_of_the_same_name(self, name: str, kind: str, length: int) -> None:
+        self.engine.abort(name)  # its tokens that are still on their way are not the new one's
+        self._add(name, kind, length, 2)
+
     @rule(times=st.integers(1, 6))
     def step(self, times: int) -> None:
         for _ in range(times):
             self._take(self.engine.step())
+            assert_conserved(self.engine)
 
-    @rule()
-    def failing_step(self) -> None:
-        self.fail = True
+    @rule(where=st.sampled_from(["launch", "collect"]))
+    def failing_step(self, where: str) -> None:
+        self.failing = where
         try:
             self._take(self.engine.step())
         finally:
-            self.fail = False
+            self.failing = ""
 
-    def _take(self, outputs: list) -> None:
+    def _take(self, outputs: list[TokenOutput]) -> None:
         for output in outputs:
             assert output.request_id in self.open, "an output after the end"
-            self.produced[output.request_id] += output.token_ids
+            self.produced[output.request_id].append(output)
+            self.num_tokens += len(output.token_ids)
             if output.finish_reason is not None:
                 self.open.discard(output.request_id)
-            if output.finish_reason == "length":
-                self.whole.add(output.request_id)
 
     @invariant()
     def conserved(self) -> None:
@@ -488,6 +726,11 @@ class EngineMachine(RuleBasedStateMachine):
         scheduler = self.engine.scheduler
         here = [r.request_id for r in scheduler.waiting + scheduler.running]
         assert sorted(here) == sorted(self.open)
+
+    @invariant()
+    def every_token_is_handed_out_or_discarded_once(self) -> None:
+        collected = sum(pending.num_collected for pending in self.engine.sampler.launched)
+        assert collected == self.num_tokens + self.engine.num_discarded_tokens
 
     def teardown(self) -> None:
         for _ in range(2000):
@@ -497,11 +740,23 @@ class EngineMachine(RuleBasedStateMachine):
         assert not self.open
         assert_conserved(self.engine)
         assert self.engine.scheduler.kv.pool.num_free == 14
-        for name, tokens in self.produced.items():
-            params = SamplingParams(max_tokens=6, ignore_eos=True)
-            wanted = expected(self.prompts[name], params, 56)
-            assert tokens == (wanted if name in self.whole else wanted[: len(tokens)])
+        for name, outputs in self.produced.items():
+            tokens, prompt_logprobs = self.wanted[name]
+            whole = bool(outputs) and outputs[-1].finish_reason in ("length", "stop")
+            assert tokens_of(outputs) == (tokens if whole else tokens[: len(tokens_of(outputs))])
+            if outputs and outputs[0].finish_reason != "error":
+                assert outputs[0].prompt_logprobs == prompt_logprobs
 
 
-TestEngineMachine = EngineMachine.TestCase
-TestEngineMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+class MachineAtOnce(EngineMachine):
+    lookahead = False
+
+
+class MachineAhead(EngineMachine):
+    lookahead = True
+
+
+TestMachineAtOnce = MachineAtOnce.TestCase
+TestMachineAhead = MachineAhead.TestCase
+for case in (TestMachineAtOnce, TestMachineAhead):
+    case.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from fake_runner import request, run, tokens_of
 from tiny import tiny_checkpoint
 
 from gqa_serve.config import EngineConfig
@@ -15,7 +16,9 @@ from gqa_serve.engine import model_runner
 from gqa_serve.engine.backends import BackendOptions
 from gqa_serve.engine.backends.reference import ReferenceBackend
 from gqa_serve.engine.batch import PlanRow, StepPlan
+from gqa_serve.engine.core import Engine
 from gqa_serve.engine.model_runner import ModelRunner
+from gqa_serve.engine.request import TokenOutput
 from gqa_serve.errors import ConfigError
 
 CPU = torch.device("cpu")
@@ -70,7 +73,9 @@ def test_the_cache_and_its_account_are_the_backends(path: Path, monkeypatch: pyt
 def test_a_compiled_forward_pass_is_what_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Compiled(ReferenceBackend):
         def compile(self, decoder: Any) -> Any:
-            return lambda plan, cache: torch.full((sum(row.num_logits for row in plan.rows), 64), 2.0)
+            return lambda plan, cache, previous: torch.full(
+                (sum(row.num_logits for row in plan.rows), 64), 2.0
+            )
 
     monkeypatch.setattr(
         model_runner, "create_backend", lambda device, options: Compiled(device, torch.float32)
@@ -94,3 +99,40 @@ def test_threads(
     monkeypatch.setattr(model_runner, "usable_cores", lambda: 5)
     runner(path, threads=setting)
     assert torch.get_num_threads() == threads == given[0].threads
+
+
+def test_a_model_gives_the_same_whichever_way_the_engine_steps(path: Path) -> None:
+    """Over real hidden states: prompts in chunks, preemption, filters, penalties and scored prompts."""
+
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"temperature": 0.9, "top_p": 0.9, "seed": 1},
+        {"repetition_penalty": 1.3},
+        {"prompt_logprobs": 1, "logprobs": 2},
+        {"temperature": 1.0, "seed": 2, "logprobs": 0},
+    ]
+
+    def serve(lookahead: bool) -> dict[str, list[TokenOutput]]:
+        config = EngineConfig(
+            model="tiny",
+            backend="reference",
+            kv_cache_memory=16 * 2**10 * 8,
+            max_num_batched_tokens=24,
+            max_num_seqs=8,
+            max_model_len=64,
+        )
+        model = ModelRunner(path, config)
+        model.backend.lookahead = lookahead
+        engine = Engine(model, config)
+        for number, params in enumerate(kinds):
+            prompt = [(7 * number + i * i) % 90 + 3 for i in range(9 + 6 * number)]
+            engine.add(request(f"r{number}", prompt, **{"max_tokens": 20, **params}))
+        outputs = run(engine)
+        assert engine.scheduler.num_preemptions > 0
+        return outputs
+
+    ahead, at_once = serve(True), serve(False)
+    assert len(at_once) == 5
+    for name, outputs in at_once.items():
+        assert tokens_of(ahead[name]) == tokens_of(outputs)
+        assert len(tokens_of(outputs)) == 20

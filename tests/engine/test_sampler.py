@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
+from fake_runner import OnDevice, on_device
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
@@ -18,6 +19,7 @@ from transformers import (
 )
 
 from gqa_serve.engine.request import EngineRequest, Request, SamplingParams
+from gqa_serve.engine.row_kernels import KernelRows
 from gqa_serve.engine.sampler import Sampler, TorchRows, _filter_floor, random_unit
 
 VOCAB = 1000
@@ -25,8 +27,9 @@ VOCAB = 1000
 
 def make(tokens: list[int], output: list[int] = [], seed: int = 0, **params: object) -> Request:  # noqa: B006
     spec = EngineRequest(request_id=f"r{seed}", prompt=tokens, params=SamplingParams(**params))
-    request = Request(spec, 0, seed)
+    request = Request(spec, 0, seed, 4096)
     request.tokens += output
+    request.num_tokens += len(output)
     return request
 
 
@@ -37,10 +40,10 @@ def random_logits(rows: int, seed: int = 0, vocab: int = VOCAB) -> torch.Tensor:
 def test_greedy_is_the_argmax_and_rows_do_not_mix() -> None:
     logits = random_logits(4)
     requests = [make([1], temperature=t, seed=i) for i, t in enumerate([0.0, 1.0, 0.0, 0.7])]
-    together = Sampler([]).sample(logits, requests)
+    together = Sampler([]).launch(logits, requests).result()
     assert [together[i].token_id for i in (0, 2)] == logits.argmax(-1)[[0, 2]].tolist()
     for row, request in enumerate(requests):
-        assert Sampler([]).sample(logits[row : row + 1], [request]) == [together[row]]
+        assert Sampler([]).launch(logits[row : row + 1], [request]).result() == [together[row]]
 
 
 @settings(max_examples=60, deadline=None)
@@ -81,7 +84,7 @@ def test_draws_follow_the_distribution() -> None:
     logits = random_logits(1, 3, vocab)
     params = SamplingParams(temperature=0.8, top_k=8)
     units = [random_unit(seed, 1) for seed in range(draws)]
-    tokens = TorchRows().draw(logits.expand(draws, vocab), range(draws), [params] * draws, units)
+    tokens = TorchRows().draw(logits.expand(draws, vocab), range(draws), [params] * draws, units).tolist()
     warped = TopKLogitsWarper(8)(None, TemperatureLogitsWarper(0.8)(None, logits.double()))
     probs = torch.softmax(warped[0], -1)
     counts = Counter(tokens)
@@ -128,8 +131,9 @@ def test_penalties_follow_the_output_as_it_grows() -> None:
     request = make([1], temperature=0, frequency_penalty=1.0)
     seen = []
     for _ in range(20):
-        (sample,) = sampler.sample(logits, [request])
+        (sample,) = sampler.launch(logits, [request]).result()
         request.tokens.append(sample.token_id)
+        request.num_tokens += 1
         seen.append(sample.token_id)
     assert len(set(seen)) == 20  # each choice makes itself less likely than all others
     sampler.forget(request.request_id)
@@ -139,18 +143,19 @@ def test_penalties_follow_the_output_as_it_grows() -> None:
 def test_logit_bias_and_min_tokens() -> None:
     logits = torch.zeros(1, VOCAB)
     biased = make([1], temperature=0, logit_bias={77: 5.0, 78: 6.0})
-    assert Sampler([]).sample(logits, [biased])[0].token_id == 78
+    assert Sampler([]).launch(logits, [biased]).result()[0].token_id == 78
     logits[0, 3] = 9.0
     held = make([1], temperature=0, min_tokens=2, stop_token_ids=[4])
-    assert Sampler([3]).sample(logits, [held])[0].token_id not in (3, 4)
+    assert Sampler([3]).launch(logits, [held]).result()[0].token_id not in (3, 4)
     held.tokens += [50, 51]
-    assert Sampler([3]).sample(logits, [held])[0].token_id == 3
+    held.num_tokens += 2
+    assert Sampler([3]).launch(logits, [held]).result()[0].token_id == 3
 
 
 def test_logprobs_are_of_the_unmodified_logits() -> None:
     logits = random_logits(2)
     request = make([1], temperature=0, logprobs=3, logit_bias={5: 100.0})
-    sample = Sampler([]).sample(logits, [request, make([1], seed=1)])[0]
+    sample = Sampler([]).launch(logits, [request, make([1], seed=1)]).result()[0]
     wanted = torch.log_softmax(logits[0].double(), -1)
     assert sample.token_id == 5
     assert sample.logprobs is not None
@@ -160,7 +165,7 @@ def test_logprobs_are_of_the_unmodified_logits() -> None:
 
 
 def test_logprobs_zero_gives_the_chosen_token_alone() -> None:
-    sample = Sampler([]).sample(random_logits(1), [make([1], temperature=0, logprobs=0)])[0]
+    sample = Sampler([]).launch(random_logits(1), [make([1], temperature=0, logprobs=0)]).result()[0]
     assert sample.logprobs is not None
     assert sample.logprobs.top == []
     assert sample.logprobs.rank == 1
@@ -170,14 +175,14 @@ def test_logprobs_zero_gives_the_chosen_token_alone() -> None:
 def test_rows_that_are_not_finite_have_no_token(bad: float) -> None:
     logits = random_logits(2)
     logits[0, 10] = bad
-    first, second = Sampler([]).sample(logits, [make([1]), make([1], seed=1)])
+    first, second = Sampler([]).launch(logits, [make([1]), make([1], seed=1)]).result()
     assert first.token_id is None
     assert second.token_id is not None
 
 
 def test_a_very_low_temperature_is_the_argmax() -> None:
     logits = random_logits(1)
-    (sample,) = Sampler([]).sample(logits, [make([1], temperature=1e-4)])
+    (sample,) = Sampler([]).launch(logits, [make([1], temperature=1e-4)]).result()
     assert sample.token_id == int(logits.argmax())
 
 
@@ -193,6 +198,92 @@ def test_a_nucleus_of_1_keeps_the_tail_that_rounding_would_cut() -> None:
 def test_rows_that_parameters_leave_nothing_have_no_token() -> None:
     logits = random_logits(2)
     ban = make([1], min_tokens=1, stop_token_ids=list(range(VOCAB)), logprobs=1)
-    first, second = Sampler([]).sample(logits, [ban, make([1], seed=1)])
+    first, second = Sampler([]).launch(logits, [ban, make([1], seed=1)]).result()
     assert first == (None, None)
     assert second.token_id is not None
+
+
+def test_launching_looks_at_nothing_on_the_device() -> None:
+    """Greedy and drawn rows, bans and biases, penalties, log-probabilities, a row without a token."""
+    logits = random_logits(6)
+    logits[4, 10] = math.nan
+    requests = [
+        make([1], temperature=0),
+        make([1], seed=1, temperature=0.7, logprobs=2),
+        make([1], seed=2, temperature=0, logit_bias={7: 3.0}, min_tokens=2, logprobs=0),
+        make([1, 2], [3], seed=3, frequency_penalty=1.0, repetition_penalty=1.2),
+        make([1], seed=4, logprobs=2),
+        make([1], seed=5, logprobs=2, temperature=0),
+    ]
+    pending = Sampler([3]).launch(on_device(logits), requests)
+    with pytest.raises(AssertionError, match="waits for the device"):
+        pending.tokens.tolist()
+    with OnDevice.done():
+        samples = pending.result()
+        assert pending.tokens.tolist() == [-1 if s.token_id is None else s.token_id for s in samples]
+    assert samples == Sampler([3]).launch(logits, requests).result()
+    assert [sample.token_id is None for sample in samples] == [False] * 4 + [True, False]
+    assert [sample.logprobs is None for sample in samples] == [True, False, False, True, True, False]
+    for row, request in enumerate(requests):  # and no row depends on its neighbours
+        assert Sampler([3]).launch(logits[row : row + 1], [request]).result() == [samples[row]]
+
+
+def test_scores_of_given_tokens() -> None:
+    logits = random_logits(3)
+    entries = Sampler([]).score(logits, [5, 6, 7], 2).result()
+    wanted = torch.log_softmax(logits.double(), -1)
+    assert [entry.token_id for entry in entries] == [5, 6, 7]
+    for row, entry in enumerate(entries):
+        assert entry.logprob == pytest.approx(float(wanted[row, entry.token_id]), abs=1e-5)
+        assert entry.rank == int((wanted[row] > wanted[row, entry.token_id]).sum()) + 1
+        assert [token for token, _ in entry.top] == wanted[row].topk(2).indices.tolist()
+
+
+class Kernels:
+    """`RowKernels` in plain torch; `filters` says which of the three the last draw was given."""
+
+    filters: tuple[bool, ...] = ()
+
+    def argmax(self, logits: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        return out.copy_(TorchRows().argmax(logits))
+
+    def draw(
+        self,
+        logits: torch.Tensor,
+        rows: torch.Tensor,
+        temperature: torch.Tensor,
+        top_k: torch.Tensor | None,
+        top_p: torch.Tensor | None,
+        min_p: torch.Tensor | None,
+        unit: torch.Tensor,
+        out: torch.Tensor,
+    ) -> torch.Tensor:
+        assert (rows.dtype, temperature.dtype, unit.dtype) == (torch.int32, torch.float32, torch.float64)
+        self.filters = tuple(values is not None for values in (top_k, top_p, min_p))
+        params = [
+            SamplingParams(
+                temperature=float(temperature[s]),
+                top_k=0 if top_k is None else int(top_k[s]),
+                top_p=1.0 if top_p is None else float(top_p[s]),
+                min_p=0.0 if min_p is None else float(min_p[s]),
+            )
+            for s in range(len(rows))
+        ]
+        return out.copy_(TorchRows().draw(logits[rows.long()], range(len(rows)), params, unit.tolist()))
+
+
+@pytest.mark.parametrize(
+    ("params", "filters"),
+    [
+        ([{}, {"temperature": 0.5}, {"top_k": -1}], (False, False, False)),
+        ([{"top_k": 5}, {"temperature": 0}, {"top_p": 0.3, "temperature": 1.7}], (True, True, False)),
+        ([{"temperature": 0}, {"min_p": 0.2}, {"top_k": 5 * VOCAB}], (True, False, True)),
+    ],
+)
+def test_kernels_get_every_parameter(params: list[dict[str, float]], filters: tuple[bool, ...]) -> None:
+    logits = random_logits(3)
+    requests = [make([1], seed=seed, **values) for seed, values in enumerate(params)]
+    kernels = Kernels()
+    samples = Sampler([], KernelRows(kernels)).launch(logits, requests).result()
+    assert samples == Sampler([]).launch(logits, requests).result()
+    assert kernels.filters == filters

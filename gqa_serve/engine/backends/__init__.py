@@ -21,9 +21,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_OLDEST_GPU = (8, 0)  # bfloat16 on tensor cores
+_OLDEST_FP8_GPU = (8, 9)
 EXTENSION = "gqa_serve.engine.kernels.cpu._native"
 _CURE = "if it was not built, install gqa-serve again where there is a C++20 compiler (g++ 12 or clang++)"
-_NATIVE_ONLY = ("int8", "int4")  # of --quantization
+_QUANTIZED = ("int8", "int4")  # of --quantization
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,36 +39,58 @@ class BackendOptions:
     kv_cache_dtype: str = "auto"
     threads: int = 1
     cpu_isa: str = "auto"
+    deterministic: bool = False
+    enforce_eager: bool = False
+    max_num_seqs: int = 1
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """A backend for one type of device, and what to say where it cannot run."""
+
+    device: str
+    where: str
+    cure: str
+
+
+_KINDS = {
+    "native": _Kind("cpu", "CPUs", _CURE),
+    "cuda": _Kind("cuda", "NVIDIA GPUs", "install a PyTorch build for CUDA, which brings Triton along"),
+}
 
 
 def create_backend(device: torch.device, options: BackendOptions) -> Backend:
-    """The backend for `device`: on a CPU the native kernels, elsewhere the reference, unless named.
+    """The backend for `device`: native kernels on a CPU, Triton's on CUDA, elsewhere the reference, unless
+    named.
 
-    Where the native kernels cannot run, "auto" serves the reference and logs one warning. Raises ConfigError
+    Where a backend's kernels cannot run, "auto" serves the reference and logs one warning. Raises ConfigError
     for settings that the backend cannot honour.
     """
-    if options.backend == "reference" or (options.backend == "auto" and device.type != "cpu"):
-        if options.cpu_isa != "auto":
-            raise ConfigError(
-                f"--cpu-isa {options.cpu_isa} is for the native backend, which is not used here."
-            )
+    name = options.backend
+    if name == "auto":
+        name = next((name for name, kind in _KINDS.items() if kind.device == device.type), "reference")
+    if name != "native" and options.cpu_isa != "auto":
+        raise ConfigError(f"--cpu-isa {options.cpu_isa} is for the native backend, which is not used here.")
+    if name == "reference":
         return _reference(device, options)
-    if device.type != "cpu":
+    kind = _KINDS[name]
+    if device.type != kind.device:
         raise ConfigError(
-            f"--backend native runs on CPUs, not on {device.type}; use --device cpu or --backend reference."
+            f"--backend {name} runs on {kind.where}, not on {device.type}; use --device {kind.device} or "
+            "--backend reference."
         )
     try:
-        return _native(options)
+        return _native(options) if name == "native" else _cuda(device, options)
     except ImportError as error:
-        reason = f"The native backend cannot run here ({error}); {_CURE}"
-        if options.backend == "native":
+        reason = f"The {name} backend cannot run here ({error}); {kind.cure}"
+        if options.backend != "auto":
             raise ConfigError(f"{reason}, or use --backend reference.") from error
-        for flag, value, native_only in (
-            ("--quantization", options.quantization, options.quantization in _NATIVE_ONLY),
+        for flag, value, needed in (
+            ("--quantization", options.quantization, options.quantization in _QUANTIZED),
             ("--cpu-isa", options.cpu_isa, options.cpu_isa != "auto"),
         ):
-            if native_only:
-                raise ConfigError(f"{flag} {value} needs the native backend. {reason}.") from error
+            if needed:
+                raise ConfigError(f"{flag} {value} needs the {name} backend. {reason}.") from error
         logger.warning("%s. Until then plain PyTorch serves, which is several times slower.", reason)
         return _reference(device, options)
 
@@ -88,10 +112,17 @@ def _native(options: BackendOptions) -> Backend:
 
     from gqa_serve.engine.backends.cpu import CpuBackend
 
+    if options.enforce_eager:
+        raise ConfigError("--enforce-eager is for the cuda backend, which is not used here.")
+    if options.quantization == "fp8":
+        raise ConfigError(
+            "--quantization fp8 is not served by the native backend; use --quantization int8, or --device "
+            "cuda on a GPU of compute capability 8.9 or higher."
+        )
     kv_dtype = options.kv_cache_dtype
     if kv_dtype == "auto":
         exact = options.quantization == "none" or options.checkpoint_dtype is not None
-        wide = exact and options.quantization not in _NATIVE_ONLY and options.checkpoint_dtype != "bfloat16"
+        wide = exact and options.quantization not in _QUANTIZED and options.checkpoint_dtype != "bfloat16"
         kv_dtype = "float32" if wide else "bfloat16"
     if kv_dtype in ("float16", "fp8"):
         raise ConfigError(
@@ -110,6 +141,40 @@ def _native(options: BackendOptions) -> Backend:
         raise ConfigError(f"--cpu-isa {options.cpu_isa} cannot be used: {error}.") from error
 
 
+def _cuda(device: torch.device, options: BackendOptions) -> Backend:
+    """Weights and activations in the checkpoint's dtype, but float32 in bfloat16, which is what tensor
+    cores multiply (`--dtype float32` keeps it); K and V likewise.
+
+    Raises ImportError, with the reason, where Triton is missing or the GPU is too old.
+    """
+    import torch
+
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _OLDEST_GPU:
+        needed, found = (".".join(map(str, version)) for version in (_OLDEST_GPU, capability))
+        raise ImportError(f"it needs a GPU of compute capability {needed} or newer, this one has {found}")
+    from gqa_serve.engine.backends.cuda import CudaBackend
+    from gqa_serve.engine.backends.cuda_graphs import CudaCapture
+    from gqa_serve.engine.kv_cache import KV_DTYPES
+
+    dtype = options.dtype
+    if dtype == "auto":
+        dtype = "float16" if options.checkpoint_dtype == "float16" else "bfloat16"
+    if options.kv_cache_dtype == "fp8" and capability < _OLDEST_FP8_GPU:
+        raise ConfigError(
+            "--kv-cache-dtype fp8 needs a GPU of compute capability 8.9 or newer (Ada, Hopper); use int8."
+        )
+    return CudaBackend(
+        device,
+        getattr(torch, dtype),
+        kv_dtype=KV_DTYPES[dtype if options.kv_cache_dtype == "auto" else options.kv_cache_dtype],
+        quantization=options.quantization,
+        deterministic=options.deterministic,
+        capture=None if options.enforce_eager else CudaCapture(),
+        max_num_seqs=options.max_num_seqs,
+    )
+
+
 def _reference(device: torch.device, options: BackendOptions) -> Backend:
     """One dtype for weights and activations; auto is the checkpoint's, on a CPU float32, which is faster.
 
@@ -120,9 +185,15 @@ def _reference(device: torch.device, options: BackendOptions) -> Backend:
     from gqa_serve.engine.backends.reference import ReferenceBackend
     from gqa_serve.engine.kv_cache import KV_DTYPES
 
-    if options.quantization in _NATIVE_ONLY:
+    for flag, asked in (
+        ("--deterministic", options.deterministic),
+        ("--enforce-eager", options.enforce_eager),
+    ):
+        if asked:
+            raise ConfigError(f"{flag} is not served by the reference backend, which is used here.")
+    if options.quantization in (*_QUANTIZED, "fp8"):
         where = "--backend reference" if device.type == "cpu" else f"--device {device.type}"
-        cure = "" if device.type == "cpu" else " or --device cpu"
+        cure = "" if device.type == "cpu" or options.quantization == "fp8" else " or --device cpu"
         raise ConfigError(
             f"{where} does not serve --quantization {options.quantization}; use --quantization none{cure}."
         )

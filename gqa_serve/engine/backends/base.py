@@ -10,7 +10,7 @@ definition serves every backend, and a backend may record a forward pass with st
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from gqa_serve.engine.model_config import Activation, ModelConfig
     from gqa_serve.engine.models.decoder import Decoder
     from gqa_serve.engine.sampler import RowOperations
-    from gqa_serve.engine.weights.block_tensor import BlockTensor
+    from gqa_serve.engine.weights.quantized_matrix import QuantizedMatrix
 
 Role = Literal["linear", "head", "embedding"]
 """What a matrix is for. The one matrix of a model with tied embeddings is a "head" that is also looked up."""
@@ -80,7 +80,7 @@ class Packed(Protocol):
 
     @property
     def format(self) -> str:
-        """How a weight is held: "float32", "bfloat16", "float16", "int8", "int4"."""
+        """How a weight is held: "float32", "bfloat16", "float16", "int8", "int4", "fp8"."""
 
 
 class Linear(Protocol):
@@ -101,6 +101,13 @@ class HeadNorms:
     q: torch.Tensor
     k: torch.Tensor
     eps: float
+
+
+class ForwardPass(Protocol):
+    """A decoder ready to run: hidden states [R, E] of a plan's logit rows."""
+
+    def __call__(self, plan: StepPlan, cache: KVCache, previous: torch.Tensor | None = None) -> torch.Tensor:
+        """`previous` [R]: the tokens that the step before sampled, for rows that have a `previous_row`."""
 
 
 class AttentionStep(ABC):
@@ -134,11 +141,13 @@ class Backend(ABC):
     """Which of several kernels for one processor compute, where there are several."""
     kv_dtype: str
     block_multiple: int = 1
+    lookahead: bool = False
+    """Whether a step is only enqueued when it is called for, so that the next can be prepared meanwhile."""
 
     # --- at load ---
 
     @abstractmethod
-    def pack(self, weight: torch.Tensor | BlockTensor, role: Role) -> Packed:
+    def pack(self, weight: torch.Tensor | QuantizedMatrix, role: Role) -> Packed:
         """Copy a checkpoint's matrix [n, k] into the backend's layout; called as each tensor streams by.
 
         `weight` may alias a file mapping and is not kept. Raises ValueError for numbers that cannot be
@@ -157,18 +166,24 @@ class Backend(ABC):
     def allocate_cache(self, config: ModelConfig, num_blocks: int, block_size: int) -> KVCache:
         """A zeroed cache. Raises CacheCapacityError if the device does not have the memory."""
 
-    def compile(self, decoder: Decoder) -> Callable[[StepPlan, KVCache], torch.Tensor]:
-        """What runs the decoder's forward pass over a plan: hidden states [R, E] of its logit rows.
+    def compile(self, decoder: Decoder) -> ForwardPass:
+        """What runs the decoder's forward pass over a plan.
 
         Here it is the pass itself; a backend may know a faster way.
         """
         from gqa_serve.engine.batch import ForwardBatch
 
-        def run(plan: StepPlan, cache: KVCache) -> torch.Tensor:
-            batch = ForwardBatch.from_plan(plan, cache.block_size, decoder.device)
+        def run(plan: StepPlan, cache: KVCache, previous: torch.Tensor | None = None) -> torch.Tensor:
+            batch = ForwardBatch.from_plan(plan, cache.block_size, decoder.device, previous)
             return decoder.forward(batch, cache)[batch.logit_rows]
 
         return run
+
+    def capture(self, forward: ForwardPass, cache: KVCache) -> None:  # noqa: B027 - most have nothing to do
+        """Make ready what serves this cache alone, before the first request: all later steps use it.
+
+        `forward` is what `compile` gave.
+        """
 
     def row_operations(self) -> RowOperations | None:
         """The sampler's operations on rows of logits, where the backend has faster ones than plain torch."""

@@ -7,7 +7,7 @@ Invariant: activations are float32. What a request's tokens give depends on the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,6 +17,7 @@ from gqa_serve.engine.backends.base import (
     AttentionLayout,
     AttentionStep,
     Backend,
+    ForwardPass,
     HeadNorms,
     Linear,
     Packed,
@@ -24,7 +25,9 @@ from gqa_serve.engine.backends.base import (
 )
 from gqa_serve.engine.backends.cpu_recorder import Recorder
 from gqa_serve.engine.kernels.cpu import load
+from gqa_serve.engine.transfer import to_device
 from gqa_serve.engine.weights.block_tensor import BlockTensor
+from gqa_serve.engine.weights.quantized_matrix import QuantizedMatrix
 from gqa_serve.errors import CacheCapacityError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -50,8 +53,8 @@ class _Format:
     has_min: bool = False
 
 
-# What --quantization makes of a checkpoint, and what becomes of other block types of GGUF files, whose own
-# scales are of 16 or 32 weights.
+# What --quantization makes of a checkpoint, and what becomes of other quantized weights: of GGUF files' other
+# block types, whose own scales are of 16 or 32 weights, and of quantized safetensors.
 _INT8, _INT4, _BLOCKS = _Format("int8", 128), _Format("int4", 32, has_min=True), _Format("int8", 32)
 
 
@@ -108,10 +111,10 @@ class CpuBackend(Backend):
 
     # --- at load ---
 
-    def pack(self, weight: torch.Tensor | BlockTensor, role: Role) -> Packed:
+    def pack(self, weight: torch.Tensor | QuantizedMatrix, role: Role) -> Packed:
         form = self._format(weight, role)
-        if isinstance(weight, BlockTensor):
-            if form is None:
+        if isinstance(weight, QuantizedMatrix):
+            if form is None and isinstance(weight, BlockTensor):
                 return self._pack_blocks(weight)
             weight = weight.dequantize()
         dtype = _dtype_name(weight.dtype)
@@ -130,20 +133,20 @@ class CpuBackend(Backend):
         packed: Packed = self.packer.pack_gguf(rows.data_ptr(), weight.type, *weight.shape, rows.shape[1])
         return packed
 
-    def _format(self, weight: torch.Tensor | BlockTensor, role: Role) -> _Format | None:
+    def _format(self, weight: torch.Tensor | QuantizedMatrix, role: Role) -> _Format | None:
         """None: as the checkpoint has it."""
         asked = self._asked(role)
-        if isinstance(weight, BlockTensor):
-            exact = _EXACT_BLOCKS.get(weight.type)
+        if isinstance(weight, QuantizedMatrix):
+            exact = _EXACT_BLOCKS.get(weight.type) if isinstance(weight, BlockTensor) else None
             if self.quantization == "auto":
                 return None if exact else _BLOCKS
-            if exact == asked:
+            if exact is not None and exact == asked:
                 return None
         if asked is not None:
             return _INT8 if asked == "int8" else _INT4
         if self.dtype is not None:
             return _Format(_dtype_name(self.dtype))
-        return _Format("float32") if isinstance(weight, BlockTensor) else None
+        return _Format("float32") if isinstance(weight, QuantizedMatrix) else None
 
     def _asked(self, role: Role) -> str | None:
         """The integer format that --quantization asks for. The vocabulary's matrices stay at int8: they are
@@ -180,7 +183,7 @@ class CpuBackend(Backend):
             ) from error
         return NativeKVCache(native, block_size, num_blocks)
 
-    def compile(self, decoder: Decoder) -> Callable[[StepPlan, KVCache], torch.Tensor]:
+    def compile(self, decoder: Decoder) -> ForwardPass:
         if decoder.config.head_dim % 2:
             raise UnsupportedModelError(
                 f"The native backend needs an even head_dim, not {decoder.config.head_dim}; "
@@ -285,8 +288,12 @@ class NativeForward:
         self.result = result
         self.width = width
 
-    def __call__(self, plan: StepPlan, cache: KVCache) -> torch.Tensor:
+    def __call__(self, plan: StepPlan, cache: KVCache, previous: torch.Tensor | None = None) -> torch.Tensor:
         assert isinstance(cache, NativeKVCache)
+        if previous is not None:
+            raise ValueError(
+                "The native backend computes a step when it is called; no token is unknown then."
+            )
         rows = sum(row.num_logits for row in plan.rows)
         out = _floats(rows * self.width).view(rows, self.width)
         self.program.run(cache.native, plan.rows, self.result, out.data_ptr())
@@ -299,10 +306,9 @@ class NativeRows:
     def __init__(self, program: Any) -> None:
         self.program = program
 
-    def argmax(self, logits: torch.Tensor) -> list[int]:
+    def argmax(self, logits: torch.Tensor) -> torch.Tensor:
         logits = logits.contiguous()
-        tokens: list[int] = self.program.argmax(logits.data_ptr(), *logits.shape)
-        return tokens
+        return to_device(self.program.argmax(logits.data_ptr(), *logits.shape), logits.device)
 
     def draw(
         self,
@@ -310,10 +316,10 @@ class NativeRows:
         rows: Sequence[int],
         params: Sequence[SamplingParams],
         units: Sequence[float],
-    ) -> list[int]:
+    ) -> torch.Tensor:
         logits = logits.contiguous()
         vocab = logits.shape[-1]
-        tokens: list[int] = self.program.draw(
+        tokens = self.program.draw(
             logits.data_ptr(),
             vocab,
             list(rows),
@@ -323,4 +329,4 @@ class NativeRows:
             [p.min_p for p in params],
             list(units),
         )
-        return tokens
+        return to_device(tokens, logits.device)

@@ -22,7 +22,7 @@ from gqa_serve.engine.kv_cache import KV_DTYPES, KVCache, TensorKVCache
 if TYPE_CHECKING:
     from gqa_serve.engine.batch import ForwardBatch
     from gqa_serve.engine.model_config import Activation, ModelConfig
-    from gqa_serve.engine.weights.block_tensor import BlockTensor
+    from gqa_serve.engine.weights.quantized_matrix import QuantizedMatrix
 
 # Numbers of tokens for which weight @ x.T beats x @ weight.T on CPUs (measured with MKL, float32).
 _MIN_COLUMNS, _MAX_COLUMNS = 6, 48
@@ -76,7 +76,7 @@ class ReferenceBackend(Backend):
         # As tensors, because a Python number costs an operation of its own to become one.
         self.epsilons: dict[float, torch.Tensor] = {}
 
-    def pack(self, weight: torch.Tensor | BlockTensor, role: Role) -> Packed:
+    def pack(self, weight: torch.Tensor | QuantizedMatrix, role: Role) -> Packed:
         tensor = weight if isinstance(weight, torch.Tensor) else weight.dequantize()
         return ReferenceMatrix(tensor.to(self.device, self.dtype, copy=True))
 

@@ -170,7 +170,7 @@ def architecture_name(raw: Mapping[str, Any]) -> str:
 
 
 def refuse_quantized(fields: Fields) -> None:
-    """Quantized safetensors checkpoints are not served (a GGUF file's types are undone while reading it)."""
+    """Refuse a quantization that is not the reader's business: `weights/` takes out those it undoes."""
     if fields.get("quantization_config") is not None:
         method = fields.get("quantization_config")
         name = method.get("quant_method") if isinstance(method, Mapping) else method

@@ -20,7 +20,7 @@ from gqa_serve.engine.models import family_of
 from gqa_serve.engine.models.decoder import Decoder
 from gqa_serve.engine.models.family import Family, WeightSlot, parameter_shapes, weight_slots
 from gqa_serve.engine.models.parameters import Loaded
-from gqa_serve.engine.weights.block_tensor import BlockTensor
+from gqa_serve.engine.weights.quantized_matrix import QuantizedMatrix
 from gqa_serve.errors import ModelError
 
 _NAMED = 5
@@ -34,7 +34,7 @@ class TensorSource(Protocol):
     def tensor_shapes(self) -> Mapping[str, tuple[int, ...]]:
         """The shape of every tensor by name, without reading any."""
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor | BlockTensor]]:
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor | QuantizedMatrix]]:
         """Names and tensors, one by one; a tensor may alias a memory mapping."""
 
 
@@ -113,7 +113,7 @@ def _plan(
 
 
 def _load_all(
-    tensors: Iterable[tuple[str, torch.Tensor | BlockTensor]],
+    tensors: Iterable[tuple[str, torch.Tensor | QuantizedMatrix]],
     plan: Mapping[str, WeightSlot | None],
     config: ModelConfig,
     backend: Backend,
@@ -144,7 +144,7 @@ def _key(slot: WeightSlot) -> tuple[str, int]:
 
 def _load(
     name: str,
-    tensor: torch.Tensor | BlockTensor,
+    tensor: torch.Tensor | QuantizedMatrix,
     slot: WeightSlot,
     config: ModelConfig,
     backend: Backend,
@@ -152,8 +152,8 @@ def _load(
 ) -> None:
     if isinstance(tensor, torch.Tensor) and not tensor.is_floating_point():
         raise ModelError(
-            f"Tensor {name} holds {str(tensor.dtype).removeprefix('torch.')} numbers; quantized weights are "
-            "served from GGUF files only."
+            f"Tensor {name} holds {str(tensor.dtype).removeprefix('torch.')} numbers, and config.json does "
+            "not say how they were quantized; download the checkpoint again, or use a GGUF file."
         )
     if slot.parameter in loaded.vectors:
         vector = tensor if isinstance(tensor, torch.Tensor) else tensor.dequantize()

@@ -17,7 +17,7 @@ from gqa_serve.errors import ModelError
 if TYPE_CHECKING:
     import torch
 
-    from gqa_serve.engine.weights.block_tensor import BlockTensor
+    from gqa_serve.engine.weights.quantized_matrix import QuantizedMatrix
 
 GGUF_MAGIC = b"GGUF"
 
@@ -44,8 +44,8 @@ class Checkpoint(ABC):
         """Hugging Face name -> shape of every tensor that `tensors` will yield, from the headers."""
 
     @abstractmethod
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor | BlockTensor]]:
-        """Yield `(Hugging Face name, tensor)`, one at a time; a quantized matrix as a `BlockTensor`.
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor | QuantizedMatrix]]:
+        """Yield `(Hugging Face name, tensor)`, one at a time; a quantized one as a `QuantizedMatrix`.
 
         A tensor may alias a file mapping: copy it before asking for the next one, never write to it.
         Raises `ModelError` if a tensor cannot be read.
@@ -58,10 +58,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises `ModelError` (or its `UnsupportedModelError`) if it cannot be served.
     """
     from gqa_serve.engine.weights.gguf import GgufCheckpoint
+    from gqa_serve.engine.weights.quantized_checkpoint import CONFIG_KEY, QuantizedCheckpoint
     from gqa_serve.engine.weights.safetensors import DirectoryCheckpoint
 
     if path.is_dir():
-        return DirectoryCheckpoint(path)
+        stored = DirectoryCheckpoint(path)
+        return stored if stored.raw_config.get(CONFIG_KEY) is None else QuantizedCheckpoint(stored)
     if not path.exists():
         raise ModelError(f"{path} does not exist; check the path.")
     require_gguf_file(path)

@@ -21,6 +21,7 @@ from gqa_serve.engine.weights.checkpoint import Checkpoint
 from gqa_serve.engine.weights.gguf_config import translate_config, translate_generation_config
 from gqa_serve.engine.weights.gguf_file import GgufFile, GgufTensor, total_bytes
 from gqa_serve.engine.weights.gguf_names import CONFIG_TENSORS, hf_name, rules_for, undo_conversion
+from gqa_serve.engine.weights.quantized_matrix import QuantizedMatrix
 from gqa_serve.errors import ModelError
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ class GgufCheckpoint(Checkpoint):
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tensor.shape for name, tensor in self._tensors.items()}
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor | BlockTensor]]:
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor | QuantizedMatrix]]:
         heads = self.raw_config["num_attention_heads"], self.raw_config["num_key_value_heads"]
         for name, stored in self._tensors.items():
             if stored.is_quantized_matrix:

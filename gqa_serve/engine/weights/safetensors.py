@@ -19,7 +19,7 @@ from gqa_serve.errors import ModelError, UnsupportedModelError
 if TYPE_CHECKING:
     import torch
 
-    from gqa_serve.engine.weights.block_tensor import BlockTensor
+    from gqa_serve.engine.weights.quantized_matrix import QuantizedMatrix
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -40,8 +40,9 @@ class DirectoryCheckpoint(Checkpoint):
         self.num_tensors = 0
         self.weight_bytes = 0
         self._shapes: dict[str, tuple[int, ...]] = {}
+        quantized = self.raw_config.get("quantization_config") is not None  # then its format checks the types
         for file, names in self._shards.items():
-            shapes = _check_shard(file, names)
+            shapes = _check_shard(file, names, any_type=quantized)
             self._shards[file] = list(shapes)
             self._shapes |= shapes
             self.num_tensors += len(shapes)
@@ -50,7 +51,7 @@ class DirectoryCheckpoint(Checkpoint):
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         return self._shapes
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor | BlockTensor]]:
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor | QuantizedMatrix]]:
         for file, names in self._shards.items():
             try:
                 with safe_open(file, framework="pt") as shard:
@@ -100,7 +101,7 @@ def read_weight_index(index: Path) -> dict[str, list[str]]:
     return files
 
 
-def _check_shard(file: Path, expected: list[str] | None) -> dict[str, tuple[int, ...]]:
+def _check_shard(file: Path, expected: list[str] | None, *, any_type: bool) -> dict[str, tuple[int, ...]]:
     """Validate one file's header; the shapes of the `expected` tensors, or of all it holds."""
     shapes = {}
     try:
@@ -116,10 +117,10 @@ def _check_shard(file: Path, expected: list[str] | None) -> dict[str, tuple[int,
                 view = shard.get_slice(name)
                 shapes[name] = tuple(view.get_shape())
                 dtype = view.get_dtype()
-                if dtype not in FLOAT_DTYPES and name.endswith((".weight", ".bias")):
+                if not any_type and dtype not in FLOAT_DTYPES and name.endswith((".weight", ".bias")):
                     raise UnsupportedModelError(
-                        f"{file} stores {name} as {dtype}; quantized safetensors are not supported, "
-                        "use the original bf16/fp16 model or a GGUF file."
+                        f"{file} stores {name} as {dtype}, and config.json does not say how it was "
+                        "quantized; use the original bf16/fp16 model or a GGUF file."
                     )
     except (SafetensorError, OSError) as error:
         raise _damaged(file, error) from error

@@ -143,6 +143,16 @@ def test_a_module_that_cannot_be_imported_counts_as_not_there(
         (CPU, {"cpu_isa": "avx2"}, "--cpu-isa avx2 needs the native backend"),
         (CPU, {"backend": "reference", "cpu_isa": "avx2"}, "--cpu-isa avx2 is for the native backend"),
         (CUDA, {"quantization": "int8"}, "--device cuda .*; use --quantization none or --device cpu"),
+        (
+            CPU,
+            {"quantization": "fp8"},
+            "--quantization fp8 is not served by the native backend; use .*int8, or",
+        ),
+        (
+            CPU,
+            {"backend": "reference", "quantization": "fp8"},
+            r"--backend reference does not serve --quantization fp8; use --quantization none\.",
+        ),
     ],
 )
 def test_what_cannot_be_honoured_is_refused(

@@ -40,7 +40,7 @@ def random_logits(rows: int, vocab: int, seed: int = 0, scale: float = 3.0) -> t
 
 def draw_all(logits: torch.Tensor, params: SamplingParams, units: Sequence[float]) -> list[int]:
     """One row [V], a token for each unit."""
-    return native_rows().draw(logits[None], [0] * len(units), [params] * len(units), units)
+    return native_rows().draw(logits[None], [0] * len(units), [params] * len(units), units).tolist()
 
 
 def distribution(logits: torch.Tensor, params: SamplingParams) -> np.ndarray:
@@ -112,8 +112,8 @@ def test_tokens_are_those_of_torch(
     logits = random_logits(64, vocab, seed)
     params = [SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)] * 64
     units = [random_unit(seed, row) for row in range(64)]
-    got = native_rows().draw(logits, range(64), params, units)
-    wanted = TorchRows().draw(logits, range(64), params, units)
+    got = native_rows().draw(logits, range(64), params, units).tolist()
+    wanted = TorchRows().draw(logits, range(64), params, units).tolist()
     assert sum(a != b for a, b in zip(got, wanted, strict=True)) <= 1
     for row, (token, other) in enumerate(zip(got, wanted, strict=True)):
         if token != other:
@@ -207,7 +207,7 @@ def test_rows_without_a_token(vocab: int) -> None:
     usable = [bool(torch.equal(row, good)) for row in rows]
     for params in (SamplingParams(), SamplingParams(top_k=3), SamplingParams(top_p=0.9, min_p=0.01)):
         count = len(rows)
-        tokens = native_rows().draw(logits, range(count), [params] * count, [0.4] * count)
+        tokens = native_rows().draw(logits, range(count), [params] * count, [0.4] * count).tolist()
         assert [token >= 0 for token in tokens] == usable
         assert len({token for token in tokens if token >= 0}) == 1
 
@@ -219,13 +219,13 @@ def test_the_sampler_finds_no_token_in_such_rows() -> None:
 
     def request(index: int, **params: object) -> Request:
         spec = EngineRequest(request_id=str(index), prompt=[1], params=SamplingParams(**params))
-        return Request(spec, 0, index)
+        return Request(spec, 0, index, 4096)
 
     banned = {"min_tokens": 1, "stop_token_ids": list(range(300))}
     requests = [request(0), request(1, **banned), request(2), request(3, temperature=0)]
-    samples = Sampler([], native_rows()).sample(logits, requests)
+    samples = Sampler([], native_rows()).launch(logits, requests).result()
     assert [sample.token_id is None for sample in samples] == [False, True, True, False]
-    assert samples == Sampler([]).sample(logits, requests)
+    assert samples == Sampler([]).launch(logits, requests).result()
 
 
 # --- rows ---
@@ -239,14 +239,14 @@ def test_a_row_does_not_depend_on_its_neighbours_or_the_machine() -> None:
     ]
     units = [random_unit(1, row) for row in range(30)]
     operations = native_rows()
-    wanted = [operations.draw(logits, [row], [params[row]], [units[row]])[0] for row in range(30)]
+    wanted = [int(operations.draw(logits, [row], [params[row]], [units[row]])) for row in range(30)]
     assert len(set(wanted)) > 15
     order = list(range(29, -1, -2))
     for machine in machines((1, 2, 3)):
         operations = native_rows(machine)
-        assert operations.draw(logits, range(30), params, units) == wanted
+        assert operations.draw(logits, range(30), params, units).tolist() == wanted
         got = operations.draw(logits, order, [params[row] for row in order], [units[row] for row in order])
-        assert got == [wanted[row] for row in order]
+        assert got.tolist() == [wanted[row] for row in order]
 
 
 @pytest.mark.parametrize("vocab", [1, 2, 15, 16, 17, 300, 50_000])
@@ -257,7 +257,7 @@ def test_argmax_is_the_first_of_the_largest(vocab: int) -> None:
     logits[6] = torch.arange(vocab)
     wanted = [row.index(max(row)) for row in logits.tolist()]
     for machine in machines((1, 3)):
-        assert native_rows(machine).argmax(logits) == wanted
+        assert native_rows(machine).argmax(logits).tolist() == wanted
 
 
 @pytest.mark.parametrize("bad", [math.nan, INF, -INF])
@@ -270,5 +270,5 @@ def test_argmax_of_rows_that_are_not_finite(vocab: int, bad: float) -> None:
         logits[2 * row, place] = bad
         wanted[2 * row] = -1
     for machine in machines((1, 2)):
-        assert native_rows(machine).argmax(logits) == wanted
-    assert TorchRows().argmax(logits) == wanted
+        assert native_rows(machine).argmax(logits).tolist() == wanted
+    assert TorchRows().argmax(logits).tolist() == wanted
