@@ -123,7 +123,7 @@ def agree(logits: torch.Tensor, params: Sequence[SamplingParams], units: Sequenc
     """The kernel's tokens are those of torch, but where a unit is within rounding of a boundary."""
     rows = list(range(len(params)))
     got = draw_rows(logits, rows, params, units)
-    wanted = TorchRows().draw(logits, rows, params, units)
+    wanted = TorchRows().draw(logits, rows, params, units).tolist()
     assert draw_rows(logits, rows, params, units, draw_twin) == wanted
     differing = [row for row in rows if got[row] != wanted[row]]
     for row in differing:
@@ -196,7 +196,7 @@ def test_rows_in_any_order_more_than_once_and_of_a_wider_matrix() -> None:
         draw_rows(logits[row : row + 1].clone(), [0], params[:1], [unit])[0]
         for row, unit in zip(rows, units, strict=True)
     ]
-    assert got == TorchRows().draw(logits[rows], range(4), params, units)
+    assert got == TorchRows().draw(logits[rows], range(4), params, units).tolist()
 
 
 @pytest.mark.usefixtures("small_chunks")
@@ -253,7 +253,7 @@ def test_argmax_of_rows_that_are_not_finite(vocab: int, bad: float) -> None:
         wanted[2 * row] = -1
     assert argmax(logits, torch.full((len(logits),), -7)).tolist() == wanted
     assert argmax_twin(logits, torch.full((len(logits),), -7)).tolist() == wanted
-    assert TorchRows().argmax(logits) == wanted
+    assert TorchRows().argmax(logits).tolist() == wanted
 
 
 def test_argmax_of_whole_chunks() -> None:
