@@ -156,7 +156,7 @@ def test_head_sizes_and_formats(head_dim: int, rotary_dim: int, kv_dtype: torch.
     ).check()
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(
     tokens=st.integers(1, 9),
     num_kv_heads=st.sampled_from([1, 2, 3]),

@@ -29,7 +29,7 @@ ERROR = 2e-6
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of a hundred tokens have several chunks. Few samples: each takes 20 launches, interpreted slowly."""
+    """Rows of a hundred tokens have two chunks. Few samples: each takes 20 launches, slow to interpret."""
     monkeypatch.setattr(sampling, "config", lambda vocab: Config(64, 64, 1))
 
 
@@ -93,7 +93,7 @@ def check(logits: torch.Tensor, params: SamplingParams) -> None:
     likely = (probs > 10 * ERROR).nonzero()[:, 0]
     likely = likely[[-1, int(probs[likely].argmin())]]
     units = (after - probs / 2)[likely].clamp(max=LAST_UNIT).tolist()
-    units += [0.0, LAST_UNIT]
+    units.append(LAST_UNIT)
     got = draw_rows(logits[None], [0] * len(units), [params] * len(units), units)
     assert got[: len(likely)] == likely.tolist()
     for unit, token in zip(units, got, strict=True):
@@ -123,7 +123,7 @@ def agree(logits: torch.Tensor, params: Sequence[SamplingParams], units: Sequenc
     """The kernel's tokens are those of torch, but where a unit is within rounding of a boundary."""
     rows = list(range(len(params)))
     got = draw_rows(logits, rows, params, units)
-    wanted = TorchRows().draw(logits, rows, params, units)
+    wanted = TorchRows().draw(logits, rows, params, units).tolist()
     assert draw_rows(logits, rows, params, units, draw_twin) == wanted
     differing = [row for row in rows if got[row] != wanted[row]]
     for row in differing:
@@ -170,9 +170,18 @@ def test_ties_with_the_last_kept_are_kept_and_weigh_on_top_p_only_once() -> None
 
 @pytest.mark.usefixtures("small_chunks")
 def test_zeros_of_both_signs_tie() -> None:
-    logits = torch.tensor([[-0.0, 0.0, -0.0, 0.0, -1.0]])
-    got = draw_rows(logits, [0] * 4, [SamplingParams(top_k=1)] * 4, [0.1, 0.3, 0.6, 0.9])
+    logits = torch.tensor([[-0.0, 0.0, -0.0, 0.0, 0.1]])
+    got = draw_rows(logits, [0] * 4, [SamplingParams(top_k=2)] * 4, [0.1, 0.3, 0.5, 0.7])
     assert got == [0, 1, 2, 3]
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_the_likeliest_is_kept_even_by_a_top_p_of_nothing() -> None:
+    logits = random_logits(2, 100)
+    temperature, _, top_p, _ = tensors([SamplingParams()] * 2)
+    unit, out = torch.tensor([0.0, LAST_UNIT], dtype=torch.float64), torch.full((2,), -7)
+    draw(logits, torch.arange(2), temperature, None, top_p * 0, None, unit, out)
+    assert torch.equal(out, logits.argmax(-1))
 
 
 @pytest.mark.usefixtures("small_chunks")
@@ -187,7 +196,7 @@ def test_rows_in_any_order_more_than_once_and_of_a_wider_matrix() -> None:
         draw_rows(logits[row : row + 1].clone(), [0], params[:1], [unit])[0]
         for row, unit in zip(rows, units, strict=True)
     ]
-    assert got == TorchRows().draw(logits[rows], range(4), params, units)
+    assert got == TorchRows().draw(logits[rows], range(4), params, units).tolist()
 
 
 @pytest.mark.usefixtures("small_chunks")
@@ -244,7 +253,7 @@ def test_argmax_of_rows_that_are_not_finite(vocab: int, bad: float) -> None:
         wanted[2 * row] = -1
     assert argmax(logits, torch.full((len(logits),), -7)).tolist() == wanted
     assert argmax_twin(logits, torch.full((len(logits),), -7)).tolist() == wanted
-    assert TorchRows().argmax(logits) == wanted
+    assert TorchRows().argmax(logits).tolist() == wanted
 
 
 def test_argmax_of_whole_chunks() -> None:

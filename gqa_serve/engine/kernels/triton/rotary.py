@@ -92,7 +92,7 @@ def _write(cache, scales, row, x, d, inside, FORMAT: tl.constexpr, D: tl.constex
             tl.store(target, _e4m3_bits(numbers), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots"])  # which may be part of a larger buffer
 def _rotate_and_write_kernel(
     qkv, q_out, k_cache, v_cache, k_scale, v_scale, slots, cos, sin, q_norm, k_norm,
     qkv_stride, num_heads, num_kv_heads, block_size, eps,
@@ -274,7 +274,7 @@ def _variant(
     number = {"int8": "*i8", "fp8": "*u8"}.get(held, f"*{held}")
     signature: dict[str, str] = {
         "qkv": f"*{dtype}", "q_out": f"*{dtype}", "k_cache": number, "v_cache": number,
-        "slots": "*i32", "qkv_stride": "i32:16", "num_heads": "i32", "block_size": "i32:16", "eps": "fp32",
+        "slots": "*i32:1", "qkv_stride": "i32:16", "num_heads": "i32", "block_size": "i32:16", "eps": "fp32",
     }  # fmt: skip
     constexprs: dict[str, Any] = {
         "D": head_dim,

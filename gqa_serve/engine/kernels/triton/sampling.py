@@ -105,6 +105,11 @@ def argmax_twin(logits: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
 
 
 # --- a draw ---
+#
+# Sizes change from step to step and from launch to launch, and so do the addresses of what is one number per
+# sample (parts of one buffer, it may be): none of that is a reason to compile a kernel anew.
+_SIZES = ["number", "samples"]
+_PER_SAMPLE = ["rows", "temperature", "top_k", "top_p", "min_p", "unit", "out"]
 
 
 @triton.jit
@@ -137,7 +142,7 @@ def _largest(bests, sample, num_chunks, CHUNKS: tl.constexpr):
     return tl.where(best > float("-inf"), best, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_PER_SAMPLE)
 def _best_kernel(logits, rows, temperature, bests, stride, vocab, num_chunks, CHUNK: tl.constexpr):
     """bests [S, chunks]: the largest of each chunk."""
     sample, chunk = tl.program_id(0), tl.program_id(1)
@@ -206,7 +211,7 @@ def _add_up(
     tl.store(totals + place * _VALUES + value, tl.sum(total, axis=1))
 
 
-@triton.jit(do_not_specialize=["number"])
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_PER_SAMPLE)
 def _count_kernel(
     logits, rows, temperature, top_k, digits, totals, stride, vocab, number, samples, num_chunks,
     CHUNK: tl.constexpr, TILE: tl.constexpr, CHUNKS: tl.constexpr,
@@ -236,7 +241,7 @@ def _k_floor(
     return floor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_PER_SAMPLE)
 def _measure_kernel(
     logits, rows, temperature, top_k, top_p, bests, k_digits, k_totals, k_floors, above, stride, vocab,
     samples, num_chunks, PASSES: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
@@ -259,7 +264,7 @@ def _measure_kernel(
         tl.store(target + 1, tl.sum(kept.to(tl.int32)).to(tl.float64))
 
 
-@triton.jit(do_not_specialize=["number"])
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_PER_SAMPLE)
 def _mass_kernel(
     logits, rows, temperature, top_k, top_p, bests, k_floors, above, digits, totals, stride, vocab, number,
     samples, num_chunks, CHUNK: tl.constexpr, TILE: tl.constexpr, CHUNKS: tl.constexpr,
@@ -279,7 +284,7 @@ def _mass_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_PER_SAMPLE)
 def _weigh_kernel(
     logits, rows, temperature, top_k, top_p, min_p, bests, k_digits, k_totals, k_floors, above, p_digits,
     p_totals, floors, weights, stride, vocab, samples, num_chunks,
@@ -310,7 +315,7 @@ def _weigh_kernel(
     tl.store(weights + sample * num_chunks + chunk, tl.sum(weight.to(tl.float64)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_PER_SAMPLE)
 def _pick_kernel(
     logits, rows, temperature, unit, bests, floors, weights, out, stride, vocab, num_chunks,
     CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
@@ -496,8 +501,9 @@ def _variants_of(vocab: int) -> Iterator[Variant]:
     integers = {"stride": "i32:16", "vocab": "i32:16", "samples": "i32", "number": "i32"}
     integers["num_chunks"] = "i32:16" if num_chunks % 16 == 0 else "i32"
     pointers = {
-        "logits": "*fp32", "values": "*fp32", "indices": "*i32", "rows": "*i32", "temperature": "*fp32",
-        "top_k": "*i32", "top_p": "*fp64", "min_p": "*fp64", "unit": "*fp64", "out": "*i32", "bests": "*fp32",
+        "logits": "*fp32", "values": "*fp32", "indices": "*i32", "rows": "*i32:1", "temperature": "*fp32:1",
+        "top_k": "*i32:1", "top_p": "*fp64:1", "min_p": "*fp64:1", "unit": "*fp64:1", "out": "*i64:1",
+        "bests": "*fp32",
         "digits": "*i64", "totals": "*fp32", "k_digits": "*i64", "k_totals": "*fp32", "k_floors": "*i32",
         "above": "*fp64", "p_digits": "*i64", "p_totals": "*fp32", "floors": "*i32", "weights": "*fp64",
     }  # fmt: skip
