@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 import torch
+from triton import knobs
 
 from gqa_serve.engine.backends.base import (
     AttentionLayout,
@@ -82,6 +83,9 @@ class CudaBackend(Backend):
         self.weights = CudaWeights(device, dtype, quantization, deterministic)
         self.processors = _processors(device)
         self._partials: Partials | None = None
+        # Multiply-adds that round once: Triton warns where nobody chooses, and means to change its default.
+        if hasattr(knobs.language, "default_fp_fusion"):
+            knobs.language.default_fp_fusion = True
 
     # --- at load ---
 
@@ -193,6 +197,7 @@ class CudaForward:
         )
         self.buffer = StepBuffer(backend.device)
         self.graphs: DecodeGraphs | None = None
+        self.scratch: Partials | None = None
 
     def capture(self, cache: KVCache, capture: Capture) -> None:
         """Capture decode steps over this cache, which all later steps must use."""
@@ -208,7 +213,8 @@ class CudaForward:
         def forward(regions: Mapping[str, torch.Tensor], previous: torch.Tensor) -> torch.Tensor:
             return self._compute(StepTensors.of(regions, layout), cache, previous)
 
-        self.backend.partials(capacities(self.backend.max_num_seqs)["item_splits0"], layout)
+        # Kept, because graphs write there: a larger step computed without them may replace the backend's.
+        self.scratch = self.backend.partials(capacities(self.backend.max_num_seqs)["item_splits0"], layout)
         self.graphs = DecodeGraphs(
             self.backend.max_num_seqs, capacities, forward, capture, self.backend.device
         )
@@ -227,7 +233,7 @@ class CudaForward:
         """Hidden states [T, E]; tokens that only the device knows are taken from `previous`."""
         if previous is not None:
             known = step.previous_rows < 0
-            sampled = previous[step.previous_rows.clamp(min=0)].to(torch.int32)
+            sampled = previous[step.previous_rows.clamp(min=0)].clamp(min=0).to(torch.int32)  # -1: no token
             step = replace(step, token_ids=torch.where(known, step.token_ids, sampled))
         return self.decoder.forward(cast("ForwardBatch", step), cache)
 
