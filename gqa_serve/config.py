@@ -63,6 +63,12 @@ class EngineConfig:
         "same request, same bytes, whatever the load, on CUDA too (slower there); on a CPU it always holds",
         "model",
     )
+    attention_backend: str = setting(
+        "triton",
+        "CUDA: whose attention; triton: ours; others where installed, without graphs and quantized caches",
+        "model",
+        choices=("triton", "flashinfer", "flash-attn"),
+    )
     enforce_eager: bool = setting(
         False, "CUDA: compute decode steps kernel by kernel instead of replaying captured graphs", "model"
     )

@@ -222,6 +222,7 @@ def _make_backend(config: EngineConfig, model: ModelConfig, device: torch.device
         threads=threads,
         cpu_isa=config.cpu_isa,
         deterministic=config.deterministic,
+        attention_backend=config.attention_backend,
         enforce_eager=config.enforce_eager,
         max_num_seqs=config.max_num_seqs,
     )

@@ -40,6 +40,7 @@ class BackendOptions:
     threads: int = 1
     cpu_isa: str = "auto"
     deterministic: bool = False
+    attention_backend: str = "triton"
     enforce_eager: bool = False
     max_num_seqs: int = 1
 
@@ -112,8 +113,7 @@ def _native(options: BackendOptions) -> Backend:
 
     from gqa_serve.engine.backends.cpu import CpuBackend
 
-    if options.enforce_eager:
-        raise ConfigError("--enforce-eager is for the cuda backend, which is not used here.")
+    _refuse_cuda_settings(options)
     if options.quantization == "fp8":
         raise ConfigError(
             "--quantization fp8 is not served by the native backend; use --quantization int8, or --device "
@@ -155,6 +155,7 @@ def _cuda(device: torch.device, options: BackendOptions) -> Backend:
         raise ImportError(f"it needs a GPU of compute capability {needed} or newer, this one has {found}")
     from gqa_serve.engine.backends.cuda import CudaBackend
     from gqa_serve.engine.backends.cuda_graphs import CudaCapture
+    from gqa_serve.engine.backends.cuda_libraries import attention_library
     from gqa_serve.engine.kv_cache import KV_DTYPES
 
     dtype = options.dtype
@@ -164,14 +165,21 @@ def _cuda(device: torch.device, options: BackendOptions) -> Backend:
         raise ConfigError(
             "--kv-cache-dtype fp8 needs a GPU of compute capability 8.9 or newer (Ada, Hopper); use int8."
         )
+    library = attention_library(options.attention_backend, device)
+    if library is not None and (options.deterministic or options.kv_cache_dtype in ("int8", "fp8")):
+        refused = "--deterministic" if options.deterministic else f"--kv-cache-dtype {options.kv_cache_dtype}"
+        raise ConfigError(
+            f"--attention-backend {options.attention_backend} does not serve {refused}; leave one out."
+        )
     return CudaBackend(
         device,
         getattr(torch, dtype),
         kv_dtype=KV_DTYPES[dtype if options.kv_cache_dtype == "auto" else options.kv_cache_dtype],
         quantization=options.quantization,
         deterministic=options.deterministic,
-        capture=None if options.enforce_eager else CudaCapture(),
+        capture=None if options.enforce_eager or library is not None else CudaCapture(),
         max_num_seqs=options.max_num_seqs,
+        library=library,
     )
 
 
@@ -185,12 +193,9 @@ def _reference(device: torch.device, options: BackendOptions) -> Backend:
     from gqa_serve.engine.backends.reference import ReferenceBackend
     from gqa_serve.engine.kv_cache import KV_DTYPES
 
-    for flag, asked in (
-        ("--deterministic", options.deterministic),
-        ("--enforce-eager", options.enforce_eager),
-    ):
-        if asked:
-            raise ConfigError(f"{flag} is not served by the reference backend, which is used here.")
+    _refuse_cuda_settings(options)
+    if options.deterministic:
+        raise ConfigError("--deterministic is not served by the reference backend, which is used here.")
     if options.quantization in (*_QUANTIZED, "fp8"):
         where = "--backend reference" if device.type == "cpu" else f"--device {device.type}"
         cure = "" if device.type == "cpu" or options.quantization == "fp8" else " or --device cpu"
@@ -202,3 +207,13 @@ def _reference(device: torch.device, options: BackendOptions) -> Backend:
         dtype = "float32" if device.type == "cpu" else options.checkpoint_dtype or "float32"
     kv_dtype = dtype if options.kv_cache_dtype == "auto" else options.kv_cache_dtype
     return ReferenceBackend(device, getattr(torch, dtype), KV_DTYPES[kv_dtype])
+
+
+def _refuse_cuda_settings(options: BackendOptions) -> None:
+    """Raises ConfigError for settings that mean something to the cuda backend alone."""
+    for flag, asked in (
+        ("--enforce-eager", options.enforce_eager),
+        (f"--attention-backend {options.attention_backend}", options.attention_backend != "triton"),
+    ):
+        if asked:
+            raise ConfigError(f"{flag} is for the cuda backend, which is not used here.")

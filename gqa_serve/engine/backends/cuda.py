@@ -28,6 +28,7 @@ from gqa_serve.engine.backends.base import (
     Role,
 )
 from gqa_serve.engine.backends.cuda_graphs import Capture, DecodeGraphs
+from gqa_serve.engine.backends.cuda_libraries import Attend, AttentionLibrary
 from gqa_serve.engine.backends.cuda_linear import CudaWeights
 from gqa_serve.engine.backends.cuda_step import StepArrays, StepBuffer, StepTensors, decode_capacities
 from gqa_serve.engine.kernels.triton import sampling
@@ -72,6 +73,7 @@ class CudaBackend(Backend):
         deterministic: bool = False,
         capture: Capture | None = None,
         max_num_seqs: int = 1,
+        library: AttentionLibrary | None = None,
     ) -> None:
         self.device = device
         self.dtype = dtype
@@ -79,6 +81,8 @@ class CudaBackend(Backend):
         self.kv_dtype = _KV_NAMES.get(self.cache_dtype, str(self.cache_dtype).removeprefix("torch."))
         self.deterministic = deterministic
         self._capture = capture
+        self.library = library
+        self.block_multiple = 1 if library is None else library.block_multiple
         self.max_num_seqs = max_num_seqs
         self.weights = CudaWeights(device, dtype, quantization, deterministic)
         self.processors = _processors(device)
@@ -162,7 +166,10 @@ class CudaAttentionStep(AttentionStep):
         self.scores = [Scores(layout.scale, layout.soft_cap, window) for window in layout.windows]
         angles = [rotary.angles(step.positions, torch.float32) for rotary in layout.rotaries]
         self.angles = [(cos[:, 0], sin[:, 0]) for cos, sin in angles]  # [T, rotary_dim] each
-        if step.splits is not None:
+        self.attends: Sequence[Attend] | None = None
+        if backend.library is not None and step.arrays is not None:
+            self.attends = backend.library.plan(step.arrays, layout, cache.block_size, backend.dtype)
+        elif step.splits is not None:
             room = max(len(work.requests) for work in step.splits)
             self.partials = backend.partials(room, layout)
             self.programs = max(1, _PROGRAMS_PER_PROCESSOR * backend.processors // layout.num_kv_heads)
@@ -175,6 +182,8 @@ class CudaAttentionStep(AttentionStep):
 
     def attend(self, layer: int, q: torch.Tensor) -> torch.Tensor:
         step, kv, window = self.step, self.cache.layer(layer), self.layout.layer_windows[layer]
+        if self.attends is not None:
+            return self.attends[window](q, kv).flatten(1)
         out = torch.empty_like(q)
         if step.splits is not None:
             work = step.splits[window]
@@ -225,7 +234,7 @@ class CudaForward:
         hidden = None if self.graphs is None else self.graphs.run(arrays, previous)
         if hidden is not None:
             return hidden
-        step = StepTensors.of(self.buffer.load(arrays), layout)
+        step = StepTensors.of(self.buffer.load(arrays), layout, arrays)
         rows = self._compute(step, cache, previous)
         return rows if arrays.is_decode else rows[step.logit_rows]
 

@@ -151,7 +151,10 @@ def _chunks(query_lens: np.ndarray, tile_tokens: int) -> dict[str, np.ndarray]:
 
 @dataclass(frozen=True)
 class StepTensors:
-    """A step on the device; see StepArrays. `splits`: one per distinct window, None if no request decodes."""
+    """A step on the device; see StepArrays. `splits`: one per distinct window, None if no request decodes.
+
+    `arrays`: the same on the host, None in a captured step.
+    """
 
     token_ids: torch.Tensor
     positions: torch.Tensor
@@ -161,9 +164,12 @@ class StepTensors:
     blocks: Blocks
     splits: tuple[SplitWork, ...] | None
     chunks: ChunkWork | None
+    arrays: StepArrays | None = None
 
     @classmethod
-    def of(cls, tensors: Mapping[str, torch.Tensor], layout: AttentionLayout) -> StepTensors:
+    def of(
+        cls, tensors: Mapping[str, torch.Tensor], layout: AttentionLayout, arrays: StepArrays | None = None
+    ) -> StepTensors:
         """Of the regions by name."""
         splits = tuple(
             SplitWork(
@@ -183,6 +189,7 @@ class StepTensors:
             blocks=Blocks(tensors["block_ids"], tensors["block_starts"], tensors["context_lens"]),
             splits=splits if decodes else None,
             chunks=chunks if len(chunks.requests) else None,
+            arrays=arrays,
         )
 
 
