@@ -16,7 +16,7 @@ import pytest
 
 @pytest.fixture(scope="session", autouse=True)
 def device_calls_without_searching() -> Iterator[None]:
-    """While tests of this folder run; does nothing where Triton is missing or does not interpret."""
+    """While tests of the engine run; does nothing where Triton is missing or does not interpret."""
     if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1":
         yield
         return
