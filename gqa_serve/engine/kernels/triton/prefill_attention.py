@@ -162,6 +162,7 @@ class PrefillConfig(NamedTuple):
     dims: int
     num_warps: int
     num_stages: int
+    tile: int = TILE
 
 
 def config(group_size: int, head_dim: int, element_size: int, exact: bool) -> PrefillConfig:
@@ -170,7 +171,8 @@ def config(group_size: int, head_dim: int, element_size: int, exact: bool) -> Pr
         return PrefillConfig(*decode_config(group_size, head_dim, element_size))
     dims = triton.next_power_of_2(head_dim)
     rows = _ROWS if dims <= 128 and element_size <= 2 else _WIDE_ROWS
-    return PrefillConfig(max(rows, triton.next_power_of_2(group_size)), dims, 8, 2)
+    tile = TILE if dims <= 128 else TILE // 2  # so that GPUs with 99 KiB of shared memory have room
+    return PrefillConfig(max(rows, triton.next_power_of_2(group_size)), dims, 8, 2, tile)
 
 
 def tokens_per_tile(group_size: int, head_dim: int, element_size: int, exact: bool) -> int:
@@ -217,7 +219,7 @@ def prefill_attention(
         ROWS=tile.rows,
         DIMS=tile.dims,
         BLOCK=block_size,
-        TILE=TILE,
+        TILE=tile.tile,
         SPLIT=SPLIT,
         WINDOWED=scores.window is not None,
         CAPPED=scores.soft_cap is not None,
@@ -281,7 +283,7 @@ def _chunk_variant(
     signature |= dict.fromkeys(ints, "*i32")
     signature |= {"scale": "fp32", "cap": "fp32", "window": "i32"}
     constexprs: dict[str, object] = {
-        "KV": 8, "G": group, "D": dim, "ROWS": tile.rows, "DIMS": tile.dims, "BLOCK": 16, "TILE": TILE,
+        "KV": 8, "G": group, "D": dim, "ROWS": tile.rows, "DIMS": tile.dims, "BLOCK": 16, "TILE": tile.tile,
         "SPLIT": SPLIT, "WINDOWED": windowed, "CAPPED": capped, "SCALED": scaled, "EXACT": exact,
     }  # fmt: skip
     if scaled:
