@@ -137,6 +137,7 @@ def seconds(runs: list[Callable[[], object]], rounds: int) -> list[float]:
         for run, into in zip(runs, times, strict=True):
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             flush.zero_()
+            torch.cuda._sleep(1_000_000)  # about half a millisecond, in which the host runs ahead
             begin.record()
             run()
             end.record()

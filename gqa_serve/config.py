@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -104,7 +105,7 @@ class EngineConfig:
     )
     gpu_memory_utilization: float = setting(
         0.9,
-        "share of a GPU's memory to use for weights, KV cache and all, where --kv-cache-memory does not say",
+        "CUDA: share of the GPU's memory for weights, KV cache and all, where --kv-cache-memory does not say",
         "memory",
         low=0.05,
         high=1.0,
@@ -175,6 +176,12 @@ def omp_num_threads(environ: Mapping[str, str] | None = None) -> int | None:
     """What OMP_NUM_THREADS asks for at the outer level; None if it is unset or says nothing OpenMP reads."""
     text = (os.environ if environ is None else environ).get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     return int(text) if text.isdecimal() and int(text) > 0 else None
+
+
+def has_c_compiler(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether Triton will find one: CC, else gcc or clang on the path."""
+    named = (os.environ if environ is None else environ).get("CC")
+    return bool(named) or any(shutil.which(name) for name in ("gcc", "clang"))
 
 
 def engine_environment() -> dict[str, str]:

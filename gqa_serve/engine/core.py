@@ -32,7 +32,7 @@ from gqa_serve.engine.batch import PlanRow, StepPlan
 from gqa_serve.engine.block_pool import BlockPool
 from gqa_serve.engine.kv_manager import KVManager
 from gqa_serve.engine.request import EngineRequest, FinishReason, ModelInfo, Request, TokenOutput
-from gqa_serve.engine.sampler import Pending, PendingScores, RowOperations, Sample, Sampler
+from gqa_serve.engine.sampler import SCORING_ROWS, Pending, PendingScores, RowOperations, Sample, Sampler
 from gqa_serve.engine.scheduler import Scheduled, Scheduler, SchedulerLimits
 from gqa_serve.engine.transfer import select_rows
 from gqa_serve.errors import ContextLengthError, RequestError
@@ -44,8 +44,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Rows of prompt logits turned into log-probabilities at a time: bounds [rows, V] temporaries.
-_SCORING_ROWS = 256
 _NO_TOKEN = "The logits of this request are not finite, or its parameters leave no token to choose."
 
 
@@ -166,7 +164,8 @@ class Engine:
         """Tell the device to run the model over the plan and to sample. Changes no request if it raises."""
         previous = self._in_flight[-1].samples if self._in_flight else None
         plan = StepPlan([row for _, row in scheduled])
-        hidden = self.runner.execute(plan, None if previous is None else previous.tokens)
+        tokens = None if previous is None or len(previous.tokens) == 0 else previous.tokens
+        hidden = self.runner.execute(plan, tokens)
         prompt_scores = self._score_prompts(scheduled, hidden)
         ends = _last_logit_rows(scheduled)
         sampling = [request for request, _ in ends if request.params.max_tokens != 0]
@@ -175,6 +174,8 @@ class Engine:
             rows = [row for request, row in ends if request.params.max_tokens != 0]
             logits = self.runner.logits(select_rows(hidden, rows))
             samples = self.sampler.launch(logits, sampling)
+        elif not prompt_scores:
+            samples = self.sampler.nothing(hidden)
         for request, row in scheduled:
             self.scheduler.launched(request, row)
         for index, request in enumerate(sampling):
@@ -194,8 +195,8 @@ class Engine:
                 prompt = request.tokens[: request.num_prompt_tokens]
                 targets = prompt[row.start + 1 : row.start + 1 + len(row.token_ids)]
                 parts = []
-                for first in range(0, len(targets), _SCORING_ROWS):
-                    part = targets[first : first + _SCORING_ROWS]
+                for first in range(0, len(targets), SCORING_ROWS):
+                    part = targets[first : first + SCORING_ROWS]
                     logits = self.runner.logits(hidden[begin + first : begin + first + len(part)])
                     parts.append(self.sampler.score(logits, part, request.params.prompt_logprobs or 0))
                 result.append((request, row, parts))

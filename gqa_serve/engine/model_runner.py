@@ -7,6 +7,7 @@ here, before the first request.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,10 +20,11 @@ from gqa_serve.engine.backends import BackendOptions, create_backend
 from gqa_serve.engine.backends.base import Backend
 from gqa_serve.engine.batch import PlanRow, StepPlan
 from gqa_serve.engine.cpus import usable_cores
+from gqa_serve.engine.kv_cache import KVCache
 from gqa_serve.engine.model_config import ModelConfig
 from gqa_serve.engine.models.loader import load_model
-from gqa_serve.engine.request import ModelInfo, sampling_defaults
-from gqa_serve.engine.sampler import RowOperations
+from gqa_serve.engine.request import ModelInfo, SamplingParams, sampling_defaults
+from gqa_serve.engine.sampler import SCORING_ROWS, PendingScores, RowOperations
 from gqa_serve.engine.weights.checkpoint import open_checkpoint
 from gqa_serve.engine.weights.hub import demo_defaults
 from gqa_serve.errors import CacheCapacityError, ConfigError, ModelError, RequestError
@@ -43,6 +45,15 @@ class ModelRunner:
     """A loaded model over its KV cache. `path` is a directory or .gguf file (see `resolve_model`)."""
 
     def __init__(self, path: Path, config: EngineConfig, on_tensor: OnTensor | None = None) -> None:
+        try:
+            self._load(path, config, on_tensor)
+        except torch.OutOfMemoryError as error:
+            raise CacheCapacityError(
+                "The GPU does not have the memory for this model and its largest step; use --quantization, "
+                "or lower --max-num-batched-tokens, --max-num-seqs or --gpu-memory-utilization."
+            ) from error
+
+    def _load(self, path: Path, config: EngineConfig, on_tensor: OnTensor | None) -> None:
         checkpoint = open_checkpoint(path)
         generation_config = demo_defaults(config.model) | checkpoint.generation_config
         try:
@@ -70,7 +81,9 @@ class ModelRunner:
             on_tensor=count,
         )
         self._forward = self.backend.compile(self.model)
+        self._give_back()  # parts of matrices that were joined
         self._warm_up(config)
+        self._give_back()  # the throw-away cache
         num_blocks = self._num_blocks(config)
         max_model_len = _fit_context(config, self.config.max_model_len, num_blocks * config.block_size)
         self.cache = self.backend.allocate_cache(self.config, num_blocks, config.block_size)
@@ -141,9 +154,35 @@ class ModelRunner:
             rows.append(PlanRow([0] * tokens, 0, list(range(num_blocks, num_blocks + blocks)), 1))
             num_blocks += blocks
             left -= tokens
-        self.cache = self.backend.allocate_cache(self.config, num_blocks, config.block_size)
-        hidden = self.execute(StepPlan(rows))
-        self.logits(hidden[:1].expand(1 if on_cpu else config.max_num_seqs, -1))
+        cache = self.backend.allocate_cache(self.config, num_blocks, config.block_size)
+        with torch.inference_mode():
+            hidden = self._forward(StepPlan(rows), cache)
+            self.logits(hidden[:1].expand(1 if on_cpu else max(config.max_num_seqs, SCORING_ROWS), -1))
+            if self.backend.lookahead:
+                self._compile_kernels(hidden, cache, config.max_num_seqs)
+
+    def _compile_kernels(self, hidden: torch.Tensor, cache: KVCache, most: int) -> None:
+        """Run what is compiled when it is first used, and differs by the number of rows or by parameters, so
+        that no request waits for it: short prompts, decode steps, logits, draws with all kinds of filters."""
+        for tokens in (20, 50):
+            self._forward(StepPlan([PlanRow([0] * tokens, 0, _blocks(tokens, cache), 1)]), cache)
+        for count in sorted({min(rows, most) for rows in (1, 32, 64, most)}):
+            self._forward(StepPlan([PlanRow([0], 0, [0], 1)] * count), cache)
+            logits = self.logits(hidden[:1].expand(count, -1))
+            PendingScores(logits, torch.zeros(count, dtype=torch.int64, device=self.device), 1).result()
+        operations = self.row_operations
+        if operations is None:
+            return
+        logits = self.logits(hidden[:1].expand(most, -1))
+        operations.argmax(logits)
+        for top_k, top_p, min_p in itertools.product((0, 40), (1.0, 0.9), (0.0, 0.05)):
+            params = [SamplingParams(top_k=top_k, top_p=top_p, min_p=min_p)] * most
+            operations.draw(logits, range(most), params, [0.5] * most)
+
+    def _give_back(self) -> None:
+        """Of a GPU's memory, what torch keeps though nothing uses it: it would count as used."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _num_blocks(self, config: EngineConfig) -> int:
         """KV blocks: what --kv-cache-memory says, else a share of free memory, at most what could be used."""
@@ -173,6 +212,11 @@ class ModelRunner:
             )
         useful = config.max_num_seqs * blocks_per_request
         return budget // size if asked is not None else min(budget // size, useful)
+
+
+def _blocks(num_tokens: int, cache: KVCache) -> list[int]:
+    """The first blocks, as many as hold `num_tokens`."""
+    return list(range(-(-num_tokens // cache.block_size)))
 
 
 def _fit_context(config: EngineConfig, max_model_len: int, kv_tokens: int) -> int:

@@ -21,9 +21,13 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from gqa_serve.engine.request import Request, SamplingParams, TokenLogprobs
 from gqa_serve.engine.transfer import HostCopy, select_rows, to_device
+
+SCORING_ROWS = 256
+"""Rows of prompt logits turned into log-probabilities at a time: bounds [rows, V] temporaries."""
 
 _SAMPLING_EPS = 1e-5
 _FIRST_CANDIDATES = 256
@@ -36,6 +40,15 @@ class Sample(NamedTuple):
     logprobs: TokenLogprobs | None
 
 
+def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
+    """[R, V]. On a GPU the order of its sums depends on where a row begins in memory: rows are padded."""
+    vocab = logits.shape[1]
+    if logits.is_cuda and vocab % 4:
+        padded = F.pad(logits, (0, -vocab % 4), value=-torch.inf)
+        return torch.log_softmax(padded, dim=-1)[:, :vocab]
+    return torch.log_softmax(logits, dim=-1)
+
+
 class PendingScores:
     """Log-probabilities of `tokens` [R] int64, none < 0, in the rows of `logits` [R, V], soon on the host.
 
@@ -43,7 +56,7 @@ class PendingScores:
     """
 
     def __init__(self, logits: torch.Tensor, tokens: torch.Tensor, count: int) -> None:
-        logprobs = torch.log_softmax(logits, dim=-1)
+        logprobs = _log_softmax(logits)
         values = logprobs.gather(-1, tokens[:, None])  # [R, 1]
         ranks = (logprobs > values).sum(dim=-1) + 1
         top = logprobs.topk(count, dim=-1)
@@ -131,6 +144,10 @@ class Sampler:
             units = [random_unit(requests[row].seed, requests[row].num_tokens) for row in drawn]
             tokens = _choose(tokens, drawn, self._operations.draw(modified, drawn, params, units))
         return Pending(tokens, self._score_choices(logits, tokens, requests))
+
+    def nothing(self, hidden: torch.Tensor) -> Pending:
+        """For a step that chooses no token, so that it is waited for like one that does. hidden [R, E]."""
+        return Pending(hidden.new_empty(0, dtype=torch.int64), [])
 
     def score(self, logits: torch.Tensor, token_ids: Sequence[int], count: int) -> PendingScores:
         """Log-probabilities of given tokens, one per row of `logits` [R, V], beside the `count` likeliest."""

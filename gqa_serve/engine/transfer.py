@@ -26,9 +26,9 @@ def to_device(values: np.ndarray | Sequence[int], device: torch.device) -> torch
 
 
 def all_to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
-    """The arrays on `device`, in order, by one copy."""
-    if device.type == "cpu":
-        return [torch.from_numpy(array) for array in arrays]
+    """The arrays on `device`, in order; on a GPU by one copy."""
+    if device.type != "cuda":
+        return [torch.from_numpy(array).to(device) for array in arrays]
     return unpack(to_device(pack(arrays), device), arrays)
 
 

@@ -107,6 +107,9 @@ class WatchedSampler(Sampler):
         self.launched.append(Watched(super().launch(*args), self.on_collect))
         return self.launched[-1]
 
+    def nothing(self, *args: Any) -> Any:
+        return Watched(super().nothing(*args), self.on_collect)
+
     def score(self, *args: Any) -> Any:
         return Watched(super().score(*args), self.on_collect)
 

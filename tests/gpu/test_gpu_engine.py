@@ -74,7 +74,17 @@ def test_half_precision_is_near_the_reference(gpu: torch.device, quantization: s
 def test_graphs_compute_what_kernels_do(gpu: torch.device, kv: str) -> None:
     """To the bit: the same kernels run. With --deterministic, since padding changes what cuBLAS does."""
     settings = {"deterministic": True, "kv_cache_dtype": kv}
-    graphs = run(engine(**settings), logprobs=0)
+    made, replayed = engine(**settings), []
+    captured = made.runner._forward.graphs
+    replay = captured.run
+
+    def watched(*args: Any) -> torch.Tensor | None:
+        replayed.append(replay(*args))
+        return replayed[-1]
+
+    captured.run = watched
+    graphs = run(made, logprobs=0)
+    assert sum(hidden is not None for hidden in replayed) >= 30
     kernels = run(engine(enforce_eager=True, **settings), logprobs=0)
     assert tokens(graphs) == tokens(kernels)
     assert numbers(graphs) == numbers(kernels)
@@ -98,6 +108,7 @@ def test_deterministic_bytes(gpu: torch.device, quantization: str) -> None:
 @pytest.mark.parametrize(
     "params", [{}, {"temperature": 0.8, "top_p": 0.9, "top_k": 40, "min_p": 0.02}], ids=str
 )
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_decoding_waits_for_nothing(gpu: torch.device, params: dict[str, Any]) -> None:
     """But for the event of the step before's results: torch raises at anything that synchronizes."""
     made = engine()

@@ -12,6 +12,7 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from gqa_serve.config import has_c_compiler
 from gqa_serve.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -56,7 +57,11 @@ class _Kind:
 
 _KINDS = {
     "native": _Kind("cpu", "CPUs", _CURE),
-    "cuda": _Kind("cuda", "NVIDIA GPUs", "install a PyTorch build for CUDA, which brings Triton along"),
+    "cuda": _Kind(
+        "cuda",
+        "NVIDIA GPUs",
+        "install PyTorch 2.8 or newer, built for CUDA, and a C compiler with Python's headers",
+    ),
 }
 
 
@@ -153,6 +158,8 @@ def _cuda(device: torch.device, options: BackendOptions) -> Backend:
     if capability < _OLDEST_GPU:
         needed, found = (".".join(map(str, version)) for version in (_OLDEST_GPU, capability))
         raise ImportError(f"it needs a GPU of compute capability {needed} or newer, this one has {found}")
+    if not has_c_compiler():
+        raise ImportError("Triton needs a C compiler, gcc or clang, to launch kernels")
     from gqa_serve.engine.backends.cuda import CudaBackend
     from gqa_serve.engine.backends.cuda_graphs import CudaCapture
     from gqa_serve.engine.backends.cuda_libraries import attention_library
@@ -166,8 +173,13 @@ def _cuda(device: torch.device, options: BackendOptions) -> Backend:
             "--kv-cache-dtype fp8 needs a GPU of compute capability 8.9 or newer (Ada, Hopper); use int8."
         )
     library = attention_library(options.attention_backend, device)
-    if library is not None and (options.deterministic or options.kv_cache_dtype in ("int8", "fp8")):
-        refused = "--deterministic" if options.deterministic else f"--kv-cache-dtype {options.kv_cache_dtype}"
+    unserved = {
+        "--deterministic": options.deterministic,
+        "--dtype float32": dtype == "float32",
+        f"--kv-cache-dtype {options.kv_cache_dtype}": options.kv_cache_dtype not in ("auto", dtype),
+    }
+    refused = next((flag for flag, asked in unserved.items() if asked), None)
+    if library is not None and refused is not None:
         raise ConfigError(
             f"--attention-backend {options.attention_backend} does not serve {refused}; leave one out."
         )

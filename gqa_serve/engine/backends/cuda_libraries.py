@@ -51,10 +51,21 @@ class FlashInfer:
         self.device = device
         self.wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper
         self.workspace = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+        # Plans are copied from pinned memory of the wrappers, which they must not write to again before that:
+        # two sets of wrappers take turns, each with the event after its last copies.
+        self.sets: list[list[Any]] = [[], []]
+        self.copied: list[torch.cuda.Event | None] = [None, None]
+        self.turn = 0
 
     def plan(
         self, arrays: StepArrays, layout: AttentionLayout, block_size: int, dtype: torch.dtype
     ) -> Sequence[Attend]:
+        self.turn = 1 - self.turn
+        wrappers, event = self.sets[self.turn], self.copied[self.turn]
+        if event is not None:
+            event.synchronize()
+        while len(wrappers) < len(layout.windows):
+            wrappers.append(self.wrapper(self.workspace, "HND"))
         regions = arrays.regions
         context_lens = regions["context_lens"]
         ends = np.append(regions["block_starts"], len(regions["block_ids"])).astype(np.int32)
@@ -62,8 +73,7 @@ class FlashInfer:
         last = torch.from_numpy((context_lens - 1) % block_size + 1)
         indices = to_device(regions["block_ids"], self.device)
         result: list[Attend] = []
-        for window in layout.windows:
-            wrapper = self.wrapper(self.workspace, "HND")
+        for wrapper, window in zip(wrappers, layout.windows, strict=True):
             wrapper.plan(
                 *on_host,
                 indices,
@@ -80,6 +90,9 @@ class FlashInfer:
                 kv_data_type=dtype,
             )
             result.append(partial(_run, wrapper))
+        if self.device.type == "cuda":
+            self.copied[self.turn] = event = event or torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
         return result
 
 

@@ -268,9 +268,11 @@ class CudaWeights:
         return Float8Linear(matrix, bias, self._library_multiplies(matrix))
 
     def _library_multiplies(self, matrix: Float8Matrix) -> bool:
-        """torch._scaled_mm with scales by rows: for bfloat16, sizes in whole 16s, Hopper and later."""
+        """torch._scaled_mm with scales by rows: for bfloat16, sizes in whole 16s, and GPUs that all releases
+        have it for (Hopper, data-centre Blackwell)."""
         whole = all(size % 16 == 0 for size in matrix.codes.shape)
-        return whole and not self.deterministic and self.dtype == torch.bfloat16 and self.capability >= (9, 0)
+        served = (9, 0) <= self.capability < (12, 0)
+        return whole and served and not self.deterministic and self.dtype == torch.bfloat16
 
     # --- in a step ---
 

@@ -150,7 +150,7 @@ def _load(
     backend: Backend,
     loaded: Loaded,
 ) -> None:
-    if isinstance(tensor, torch.Tensor) and not tensor.is_floating_point():
+    if isinstance(tensor, torch.Tensor) and (not tensor.is_floating_point() or tensor.itemsize == 1):
         raise ModelError(
             f"Tensor {name} holds {str(tensor.dtype).removeprefix('torch.')} numbers, and config.json does "
             "not say how they were quantized; download the checkpoint again, or use a GGUF file."

@@ -159,8 +159,9 @@ class PlainQuantized(QuantizedFormat):
         }
     )
 
-    def __init__(self, key: str, block: tuple[int, int] | None = None) -> None:
+    def __init__(self, key: str, block: tuple[int, int] | None = None, group: int = 0) -> None:
         self.key = key
+        self.group = group
         self.parts = {"weight": True, key: True, "weight_zero_point": False}
         self.block = block
 
@@ -175,7 +176,9 @@ class PlainQuantized(QuantizedFormat):
             scale, group = scale.repeat_interleave(self.block[0], dim=0)[: shape[0]], self.block[1]
         scale = scale.reshape(-1, 1) if scale.dim() < 2 else scale
         if self.block is None and scale.shape[1] > 1:
-            group = -(-shape[1] // scale.shape[1])
+            group = self.group or -(-shape[1] // scale.shape[1])
+        if scale.shape[0] not in (1, shape[0]):
+            raise ValueError(f"has scales of shape {list(scale.shape)}; {_CURE}")
         scale = scale.expand(shape[0], -1)
         if weight.dtype == torch.float8_e4m3fn:
             _check_scales(scale, group, shape)
@@ -284,7 +287,7 @@ def _compressed_tensors(fields: _Fields) -> QuantizedFormat:
         return PackQuantized(weight.one_of("num_bits", 4, 8), group)
     weight.one_of("num_bits", 8)
     if strategy != "block":
-        return PlainQuantized("weight_scale")
+        return PlainQuantized("weight_scale", group=group)
     block = weight.config.get("block_structure")
     if not isinstance(block, list) or len(block) != 2:
         raise fields.refused(f"block_structure {block!r}", "two numbers")

@@ -164,17 +164,16 @@ def add_tile(
 
 @triton.jit
 def merge_parts(values, maxima, sums, more_values, more_maxima, more_sums):
-    """Two parts of a softmax become one; a part that saw nothing has maximum -inf and sum 0. values [ROWS,
-    DIMS].
+    """Two parts of a softmax become one; one that saw nothing has maximum -inf, sum 0. values [ROWS, DIMS].
+
+    Which product is rounded first is said, not left to the compiler: two kernels must agree to the bit.
     """
     new_maxima = tl.maximum(maxima, more_maxima)
     finite = tl.where(new_maxima == float("-inf"), 0.0, new_maxima)
     factor, more = tl.exp2(maxima - finite), tl.exp2(more_maxima - finite)
-    return (
-        values * factor[:, None] + more_values * more[:, None],
-        new_maxima,
-        sums * factor + more_sums * more,
-    )
+    added = more_values * more[:, None]
+    values = tl.fma(values, tl.broadcast_to(factor[:, None], values.shape), added)
+    return values, new_maxima, tl.fma(sums, factor, more_sums * more)
 
 
 @triton.jit
@@ -280,7 +279,7 @@ def merge_kernel(
         values = tl.zeros([ROWS, DIMS], tl.float32)
         maxima = tl.full([ROWS], float("-inf"), tl.float32)
         sums = tl.zeros([ROWS], tl.float32)
-        for item in range(begin, end):
+        for item in tl.range(begin, end, num_stages=4):  # without a dot, it must be told to load ahead
             part = (item * KV + kv_head) * G + head.to(tl.int64)
             more_values = tl.load(part_values + part[:, None] * D + dim[None, :], mask=real, other=0.0)
             more_maxima = tl.load(part_maxima + part, mask=in_group, other=float("-inf"))
@@ -311,6 +310,8 @@ def config(group_size: int, head_dim: int, element_size: int) -> DecodeConfig:
     rows = max(MIN_ROWS, triton.next_power_of_2(group_size))
     dims = triton.next_power_of_2(head_dim)
     num_stages = 5 if element_size > 1 and 2 * TILE * dims * element_size <= 2**15 else 3
+    if element_size > 2 and dims > 64:  # float32, which is for comparisons
+        num_stages = 1
     return DecodeConfig(rows, dims, 4 if rows <= 16 and dims <= 128 else 8, num_stages)
 
 
@@ -431,7 +432,7 @@ def variants() -> Iterator[Variant]:
     """
     shapes = [("bf16", "bf16", dim, group) for dim in (64, 80, 96, 128, 256) for group in (1, 4)]
     shapes += [("bf16", "bf16", 128, group) for group in (3, 5, 7, 8, 16)]
-    shapes += [("fp16", "fp16", dim, 4) for dim in (64, 128, 256)]
+    shapes += [(element, element, dim, 4) for element in ("fp16", "fp32") for dim in (64, 128, 256)]
     shapes += [("bf16", kv, dim, 4) for kv in ("i8", "fp8e4nv") for dim in (64, 80, 96, 128, 256)]
     shapes += [("fp16", "i8", 128, 4)]
     for element, kv, dim, group in shapes:
@@ -458,7 +459,7 @@ def _split_variant(
     element: str, kv: str, dim: int, group: int, windowed: bool = False, capped: bool = False
 ) -> Variant:
     scaled = kv in ("i8", "fp8e4nv")
-    tile = config(group, dim, 1 if scaled else 2)
+    tile = config(group, dim, {"i8": 1, "fp8e4nv": 1, "fp32": 4}.get(kv, 2))
     ints = (
         "block_ids",
         "block_starts",

@@ -170,7 +170,9 @@ def config(group_size: int, head_dim: int, element_size: int, exact: bool) -> Pr
     if exact:
         return PrefillConfig(*decode_config(group_size, head_dim, element_size))
     dims = triton.next_power_of_2(head_dim)
-    rows = _ROWS if dims <= 128 and element_size <= 2 else _WIDE_ROWS
+    if element_size > 2:  # no tensor cores: small tiles, one of K and V at a time
+        return PrefillConfig(max(16, triton.next_power_of_2(group_size)), dims, 8, 1, TILE // 2)
+    rows = _ROWS if dims <= 128 else _WIDE_ROWS
     tile = TILE if dims <= 128 else TILE // 2  # so that GPUs with 99 KiB of shared memory have room
     return PrefillConfig(max(rows, triton.next_power_of_2(group_size)), dims, 8, 2, tile)
 
@@ -255,7 +257,7 @@ def variants() -> Iterator[Variant]:
     """What differs in code, for chunks as they are and for those that have the decode kernel's bytes."""
     shapes = [("bf16", "bf16", dim, group) for dim in (64, 80, 96, 128, 256) for group in (1, 4)]
     shapes += [("bf16", "bf16", 128, group) for group in (3, 7, 16)]
-    shapes += [("fp16", "fp16", dim, 4) for dim in (64, 128, 256)]
+    shapes += [(element, element, dim, 4) for element in ("fp16", "fp32") for dim in (64, 128, 256)]
     shapes += [("bf16", kv, dim, 4) for kv in ("i8", "fp8e4nv") for dim in (64, 128, 256)]
     for element, kv, dim, group in shapes:
         yield _chunk_variant(element, kv, dim, group)
@@ -277,7 +279,7 @@ def _chunk_variant(
     exact: bool = False,
 ) -> Variant:
     scaled = kv in ("i8", "fp8e4nv")
-    tile = config(group, dim, 1 if scaled else 2, exact)
+    tile = config(group, dim, {"i8": 1, "fp8e4nv": 1, "fp32": 4}.get(kv, 2), exact)
     ints = ("block_ids", "block_starts", "context_lens", "query_starts", "tile_requests", "tile_firsts")
     signature = {"q": f"*{element}", "k": f"*{kv}", "v": f"*{kv}", "out": f"*{element}"}
     signature |= dict.fromkeys(ints, "*i32")
