@@ -158,14 +158,16 @@ class ModelRunner:
         with torch.inference_mode():
             hidden = self._forward(StepPlan(rows), cache)
             self.logits(hidden[:1].expand(1 if on_cpu else max(config.max_num_seqs, SCORING_ROWS), -1))
-            if self.backend.lookahead:
+            if not on_cpu:
                 self._compile_kernels(hidden, cache, config.max_num_seqs)
 
     def _compile_kernels(self, hidden: torch.Tensor, cache: KVCache, most: int) -> None:
         """Run what is compiled when it is first used, and differs by the number of rows or by parameters, so
         that no request waits for it: short prompts, decode steps, logits, draws with all kinds of filters."""
         for tokens in (20, 50):
-            self._forward(StepPlan([PlanRow([0] * tokens, 0, _blocks(tokens, cache), 1)]), cache)
+            fits = min(tokens, cache.num_blocks * cache.block_size)
+            blocks = list(range(-(-fits // cache.block_size)))
+            self._forward(StepPlan([PlanRow([0] * fits, 0, blocks, 1)]), cache)
         for count in sorted({min(rows, most) for rows in (1, 32, 64, most)}):
             self._forward(StepPlan([PlanRow([0], 0, [0], 1)] * count), cache)
             logits = self.logits(hidden[:1].expand(count, -1))
@@ -212,11 +214,6 @@ class ModelRunner:
             )
         useful = config.max_num_seqs * blocks_per_request
         return budget // size if asked is not None else min(budget // size, useful)
-
-
-def _blocks(num_tokens: int, cache: KVCache) -> list[int]:
-    """The first blocks, as many as hold `num_tokens`."""
-    return list(range(-(-num_tokens // cache.block_size)))
 
 
 def _fit_context(config: EngineConfig, max_model_len: int, kv_tokens: int) -> int:

@@ -340,7 +340,7 @@ def test_what_cannot_be_computed_is_refused(lookahead: bool, spec: object, error
 def test_prompt_logprobs_score_every_prompt_token(
     lookahead: bool, budget: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(core, "_SCORING_ROWS", 4)
+    monkeypatch.setattr(core, "SCORING_ROWS", 4)
     prompt = prompt_of(19)
     engine = make_engine(lookahead, max_num_batched_tokens=budget, max_num_seqs=4)
     engine.add(request("warm", prompt))  # fills the prefix cache, which scoring must not use
@@ -760,3 +760,21 @@ TestMachineAtOnce = MachineAtOnce.TestCase
 TestMachineAhead = MachineAhead.TestCase
 for case in (TestMachineAtOnce, TestMachineAhead):
     case.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_a_chunk_that_samples_nothing_is_waited_for_like_any_step() -> None:
+    """A prompt's middle chunk fails where it is collected: nothing of it may have been published by then."""
+    fails = False
+
+    def on_collect() -> None:
+        if fails:
+            raise RuntimeError("the device failed")
+
+    engine = make_engine(True, on_collect=on_collect, max_num_batched_tokens=16)
+    engine.add(request("a", range(5, 45)))
+    assert engine.step() == []
+    fails = True
+    (output,) = engine.step()
+    assert (output.request_id, output.finish_reason) == ("a", "error")
+    assert not engine.scheduler.kv.pool._entries
+    assert_conserved(engine)

@@ -73,7 +73,7 @@ def test_the_cache_and_its_account_are_the_backends(path: Path, monkeypatch: pyt
 def test_a_compiled_forward_pass_is_what_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Compiled(ReferenceBackend):
         def compile(self, decoder: Any) -> Any:
-            return lambda plan, cache, previous: torch.full(
+            return lambda plan, cache, previous=None: torch.full(
                 (sum(row.num_logits for row in plan.rows), 64), 2.0
             )
 

@@ -142,6 +142,25 @@ def test_quantized_caches_generate_what_the_reference_does(
     assert generate(engine(llama, monkeypatch, {"kv_dtype": form})) == expected
 
 
+def test_what_is_compiled_before_the_first_request(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts, decode steps, and draws with each set of filters; nobody's blocks are written afterwards."""
+    made = engine(llama, monkeypatch, {})
+    runner: Any = made.runner
+    plans: list[list[int]] = []
+    forward = runner._forward
+
+    def watched(plan: StepPlan, cache: Any, previous: torch.Tensor | None = None) -> torch.Tensor:
+        plans.append([len(row.token_ids) for row in plan.rows])
+        return forward(plan, cache, previous)
+
+    runner._forward = watched
+    with torch.inference_mode():
+        cache = runner.backend.allocate_cache(runner.config, 2, 16)
+        runner._compile_kernels(torch.randn(1, runner.config.hidden_size), cache, 3)
+    assert plans == [[20], [32], [1], [1, 1, 1]]
+    assert not any(tensor.any() for tensor in (*runner.cache.k, *runner.cache.v))
+
+
 def test_deterministic_bytes_do_not_depend_on_chunks_and_neighbours(
     gemma: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

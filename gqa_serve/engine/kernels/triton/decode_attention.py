@@ -312,7 +312,8 @@ def config(group_size: int, head_dim: int, element_size: int) -> DecodeConfig:
     num_stages = 5 if element_size > 1 and 2 * TILE * dims * element_size <= 2**15 else 3
     if element_size > 2 and dims > 64:  # float32, which is for comparisons
         num_stages = 1
-    return DecodeConfig(rows, dims, 4 if rows <= 16 and dims <= 128 else 8, num_stages)
+    few = rows <= 16 and dims <= 128 and dims * element_size <= 256
+    return DecodeConfig(rows, dims, 4 if few else 8, num_stages)
 
 
 def score_factors(scores: Scores) -> tuple[float, float]:
