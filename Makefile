@@ -64,10 +64,10 @@ bench: setup
 bench-cpu: setup
 	$(BIN)/python benchmarks/cpu.py $(ARGS)
 
-# Compiles every CUDA kernel for every GPU generation, without a GPU; some minutes on all cores.
 bench-cuda: setup
 	$(BIN)/python benchmarks/gpu_kernels.py $(ARGS)
 
+# Compiles every CUDA kernel for every GPU generation, without a GPU; some minutes on all cores.
 compile-report: setup
 	env -u TRITON_INTERPRET $(BIN)/python -m gqa_serve.engine.kernels.triton.compile_report \
 		--output docs/cuda_kernels.md $(ARGS)

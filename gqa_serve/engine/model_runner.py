@@ -251,6 +251,10 @@ def choose_device(name: str) -> torch.device:
 
 def _make_backend(config: EngineConfig, model: ModelConfig, device: torch.device) -> Backend:
     """The backend that `config` asks for, after setting how many threads torch and it compute with."""
+    if device.type != "cuda" and config.gpu_memory_utilization != EngineConfig().gpu_memory_utilization:
+        raise ConfigError(
+            f"--gpu-memory-utilization is for CUDA, not for {device.type}; use --kv-cache-memory."
+        )
     threads = config.threads or omp_num_threads() or usable_cores()
     if device.type == "cpu" or config.threads is not None:
         torch.set_num_threads(threads)

@@ -136,3 +136,10 @@ def test_a_model_gives_the_same_whichever_way_the_engine_steps(path: Path) -> No
     for name, outputs in at_once.items():
         assert tokens_of(ahead[name]) == tokens_of(outputs)
         assert len(tokens_of(outputs)) == 20
+
+
+def test_a_share_of_a_gpu_that_is_not_there(path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match="--gpu-memory-utilization is for CUDA, not for cpu; use --kv-cache"
+    ):
+        runner(path, gpu_memory_utilization=0.5)

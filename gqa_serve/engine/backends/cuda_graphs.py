@@ -56,7 +56,8 @@ def ladder(most: int) -> list[int]:
     """Numbers of requests that get a graph: 1, 2, 4, then steps of 8, from 64 on of 16, from 256 on of 32,
     up to `most`.
 
-    Padding wastes at most a third above 4 requests, and little where steps are long.
+    A step is padded by 3 rows at most up to 8 requests, 7 up to 64, 15 up to 256: little of a long step, and
+    a short one is bound by reading weights.
     """
     rungs = [1, 2, 4]
     while rungs[-1] < most:

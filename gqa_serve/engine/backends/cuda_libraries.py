@@ -3,7 +3,8 @@
 Owns the translation of a step into their arguments: one call per layer computes prompts and decoding
 requests together. Both read our cache where it lies. Neither is needed; `--attention-backend` chooses.
 
-Invariant: the host knows everything a plan needs, so nothing here waits for the device. Their plans depend
+Invariant: the host knows everything a plan needs, so nothing here waits for the device, but for the copies
+of two plans before. Their plans depend
 on the lengths of a step, so steps are not captured in graphs; their order of sums is theirs, so
 `--deterministic` and quantized caches are not served.
 """

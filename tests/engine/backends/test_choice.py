@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from gqa_serve.engine import backends
 from gqa_serve.engine.backends import BackendOptions, create_backend
 from gqa_serve.engine.backends.reference import ReferenceBackend
 from gqa_serve.errors import ConfigError
@@ -171,7 +172,10 @@ def test_what_cannot_be_honoured_is_refused(
 
 
 def cuda(
-    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0), **options: Any
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int] = (9, 0),
+    compiler: bool = True,
+    **options: Any,
 ) -> dict[str, Any]:
     """What the CUDA backend is made from on a GPU of this compute capability."""
     given: dict[str, Any] = {}
@@ -181,6 +185,7 @@ def cuda(
         return object()
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(backends, "has_c_compiler", lambda: compiler)
     monkeypatch.setattr("gqa_serve.engine.backends.cuda.CudaBackend", made)
     monkeypatch.setattr("gqa_serve.engine.backends.cuda_graphs.CudaCapture", lambda: "capture")
     create_backend(CUDA, BackendOptions(**options))
@@ -221,3 +226,32 @@ def test_gpus_that_are_too_old(monkeypatch: pytest.MonkeyPatch, caplog: pytest.L
     assert "7.5" in record.getMessage()
     with pytest.raises(ConfigError, match=r"--kv-cache-dtype fp8 needs .* 8\.9 or newer.*use int8"):
         cuda(monkeypatch, (8, 0), kv_cache_dtype="fp8")
+
+
+def test_triton_without_a_c_compiler(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(
+        ConfigError, match=r"Triton needs a C compiler.*; install .* or use --backend reference"
+    ):
+        cuda(monkeypatch, compiler=False, backend="cuda")
+    assert cuda(monkeypatch, compiler=False) == {}  # the reference serves
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"deterministic": True}, "does not serve --deterministic"),
+        ({"dtype": "float32"}, "does not serve --dtype float32"),
+        ({"kv_cache_dtype": "int8"}, "does not serve --kv-cache-dtype int8"),
+        ({"kv_cache_dtype": "float16"}, "does not serve --kv-cache-dtype float16"),
+    ],
+)
+def test_what_attention_libraries_do_not_serve(
+    options: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gqa_serve.engine.backends.cuda_libraries.attention_library", lambda *_: object())
+    with pytest.raises(ConfigError, match=f"--attention-backend flashinfer {says}"):
+        cuda(monkeypatch, attention_backend="flashinfer", **options)
+    assert cuda(monkeypatch, attention_backend="flashinfer")["capture"] is None

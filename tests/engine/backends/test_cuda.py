@@ -238,7 +238,8 @@ def test_ladder(most: int) -> None:
     assert rungs == sorted(set(rungs))
     for wanted in range(1, most + 1):
         rung = min(rung for rung in rungs if rung >= wanted)
-        assert rung - wanted <= max(2, 4 if wanted < 8 else wanted // 2, 7 if wanted < 16 else 0)
+        step = 2 if wanted <= 4 else 4 if wanted <= 8 else 8 if wanted <= 64 else 16 if wanted <= 256 else 32
+        assert rung - wanted < step
 
 
 def test_step_buffers_keep_their_place_and_their_values() -> None:
