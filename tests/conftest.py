@@ -1,4 +1,5 @@
-"""For all tests: Triton interprets unless told otherwise; for slow ones, the weights of Gemma 3 270M.
+"""For all tests: Triton interprets unless told otherwise; a server with the demo model; for slow ones, the
+weights of Gemma 3 270M.
 
 The weights (MQA, windows, Q4_K_M) are Google's, under the Gemma terms that come with the package; they are
 joined into pytest's temporary folder.
@@ -8,9 +9,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from demo_server import RunningServer
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined; `make test-gpu` sets 0
 
@@ -42,3 +48,12 @@ def gemma3_270m_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for part in parts:
             target.write(part.read_bytes())
     return joined
+
+
+@pytest.fixture(scope="session")
+def demo_server() -> Iterator[RunningServer]:
+    """A server with the demo model, shared by all tests that leave it running and answering."""
+    from demo_server import running  # which imports torch
+
+    with running() as started:
+        yield started

@@ -5,15 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import queue
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx2
@@ -21,80 +19,10 @@ import openai
 import psutil
 import pytest
 from demo_model import demo_path
+from demo_server import START_S, RunningServer, running
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 ANSWER = "The capital of France is Paris."
-START_S = 180
-
-
-class RunningServer:
-    """A gqa-serve process and what it prints."""
-
-    def __init__(self, *flags: str) -> None:
-        command = [sys.executable, "-m", "gqa_serve.cli", *flags]
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-        )
-        self.lines: list[str] = []
-        self._arrived: queue.Queue[str] = queue.Queue()
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-        self.url = ""
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        with self.process.stdout as pipe:
-            for line in pipe:
-                self.lines.append(line)
-                self._arrived.put(line)
-
-    def wait_for(self, text: str) -> str:
-        deadline = time.monotonic() + START_S
-        while time.monotonic() < deadline:
-            try:
-                line = self._arrived.get(timeout=0.2)
-            except queue.Empty:
-                assert self.process.poll() is None, "".join(self.lines)
-                continue
-            if text in line:
-                return line
-        raise AssertionError(f"never printed {text!r}: {''.join(self.lines)}")
-
-    def ready(self) -> RunningServer:
-        self.url = self.wait_for("Ready: ").split()[1].removesuffix("/v1")
-        return self
-
-    @property
-    def engine(self) -> psutil.Process:
-        (child,) = psutil.Process(self.process.pid).children()
-        return child
-
-    def client(self, **options: object) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0, **options)
-
-    def stop(self, sig: int = signal.SIGTERM) -> int:
-        """Send a signal; the exit status."""
-        self.process.send_signal(sig)
-        status = self.process.wait(timeout=60)
-        self._reader.join(timeout=10)
-        return status
-
-
-@contextmanager
-def running(*flags: str, wait: bool = True) -> Iterator[RunningServer]:
-    demo_path()  # skips where the weights are missing
-    # Exact weights, so that every backend gives the one answer.
-    exact = ("--quantization", "none", "--kv-cache-memory", "512MiB")
-    server = RunningServer("--model", "demo", "--port", "0", *exact, *flags)
-    try:
-        yield server.ready() if wait else server
-    finally:
-        if server.process.poll() is None:
-            children = psutil.Process(server.process.pid).children()
-            server.process.kill()
-            server.process.wait()
-            psutil.wait_procs(children, timeout=30)
-        server._reader.join(timeout=10)
 
 
 def eventually(condition: Callable[[], bool], timeout_s: float = 60) -> None:
@@ -104,10 +32,9 @@ def eventually(condition: Callable[[], bool], timeout_s: float = 60) -> None:
         time.sleep(0.05)
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[RunningServer]:
-    with running() as started:
-        yield started
+@pytest.fixture
+def server(demo_server: RunningServer) -> RunningServer:
+    return demo_server
 
 
 def test_the_ready_line_holds_a_command_that_works(server: RunningServer) -> None:

@@ -1,21 +1,21 @@
 """POST /v1/chat/completions: messages in, one assistant message (or `n`) out.
 
-Owns the checks on messages, the rendering of the chat template and the shape of chat answers; `serving.py`
-runs the generation. Knows no engine. Invariant: a message part this server cannot read is refused, never
-dropped.
+Owns the shape of chat answers; `chat_request.py` reads the request and `serving.py` runs the generation.
+Knows no engine and no model's syntax. Invariant: chunks of a stream, put together, are the message that is
+sent whole.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 from starlette.requests import Request
 from starlette.responses import Response
 
-from gqa_serve.api.errors import shorten
+from gqa_serve.api.chat_request import ChatJob, prepare_chat
+from gqa_serve.api.chunks import ChunkReply
 from gqa_serve.api.json_guard import read_request
 from gqa_serve.api.logprobs import chat_logprobs
-from gqa_serve.api.params import FieldRules, check_capacity, choice_count, sampling_params
+from gqa_serve.api.message_parts import Part, TextPart, merge_parts
+from gqa_serve.api.params import FieldRules, choice_count
 from gqa_serve.api.protocol import (
     AssistantMessage,
     ChatChoice,
@@ -23,25 +23,13 @@ from gqa_serve.api.protocol import (
     ChatChunkChoice,
     ChatCompletion,
     ChatLogprobs,
-    ChatMessage,
     ChatRequest,
-    ContentPart,
     Delta,
     Usage,
 )
-from gqa_serve.api.serving import Job, ServingContext, answer, fingerprint, off_loop
+from gqa_serve.api.serving import ServingContext, answer
 from gqa_serve.api.text_stream import TextEvent
-from gqa_serve.engine.chat_prompt import encode_chat
-from gqa_serve.engine.chat_template import ChatTemplate, check_template_kwargs
-from gqa_serve.engine.request import MAX_LOGPROBS, TokenLogprobs
-from gqa_serve.errors import RequestError
-
-MAX_MESSAGES = 10_000
-MESSAGE_COST_CHARS = 256  # rendering a message costs about as much as so many characters, however short it is
-REASONING_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
-_THINKING_SWITCHES = ("enable_thinking", "thinking")  # what templates of hybrid models call it
-_ENCODE_OPTIONS = frozenset({"add_special_tokens", "max_model_len"})  # encode_chat's own
-ROLES = ("system", "developer", "user", "assistant", "tool")
+from gqa_serve.engine.request import TokenLogprobs
 
 
 class ChatCompletions:
@@ -55,216 +43,20 @@ class ChatCompletions:
         """Decode, check, render, tokenize, generate. Raises RequestError."""
         context = self._context
         fields, raw = await read_request(request, context.config.max_body_bytes, ChatRequest)
-        model = context.check_model(fields.model)
-        n = choice_count(fields)
-        self._rules.check(raw, n)
-        # The size of the JSON, so that many small messages count as well as a few large ones.
-        size = memoryview(raw["messages"]).nbytes + MESSAGE_COST_CHARS * len(fields.messages)
-        messages = await off_loop(size, lambda: checked_messages(fields.messages))
-        num_logprobs = _num_logprobs(fields)
-        for limit in ("max_tokens", "max_completion_tokens"):
-            if getattr(fields, limit) == 0:
-                raise RequestError(f"{limit} must be at least 1.", param=limit)
-        info = context.ready_info()
-        check_capacity(info, 1, n)
-        params = sampling_params(
-            fields,
-            info.generation_config,
-            default_max_tokens=None,
-            logprobs=num_logprobs,
-            prompt_logprobs=None,
-            vocab_size=info.vocab_size,
-        )
-        prompt = await self._prompt(fields, messages, size, info.max_model_len)
-        job = Job.new(
-            "chatcmpl",
-            model=model,
-            fingerprint=fingerprint(info),
-            fields=fields,
-            prompts=[prompt],
-            params=[params.fit(len(prompt), info.max_model_len, param="messages")],
-            n=n,
-        )
-        return await answer(request, context, ChatReply(context, job, num_logprobs))
-
-    async def _prompt(
-        self, fields: ChatRequest, messages: list[dict[str, Any]], size: int, max_model_len: int
-    ) -> list[int]:
-        """The rendered conversation as token ids; control tokens in it are the template's."""
-        options = template_options(fields, self._context.chat_template)
-        final = bool(fields.continue_final_message)
-        if final and messages[-1]["role"] != "assistant":
-            raise RequestError(
-                "continue_final_message needs an assistant message at the end.", param="messages"
-            )
-        add_prompt = not final if fields.add_generation_prompt is None else fields.add_generation_prompt
-        context = self._context
-
-        def encode(options: dict[str, Any]) -> list[int]:
-            return encode_chat(
-                context.tokenizer,
-                context.chat_template,
-                messages,
-                add_special_tokens=bool(fields.add_special_tokens),
-                max_model_len=max_model_len,
-                add_generation_prompt=add_prompt,
-                continue_final_message=final,
-                **options,
-            )
-
-        def render_and_encode() -> list[int]:
-            context.tokenizer.check_length(_content_chars(messages), max_model_len, param="messages")
-            try:
-                return encode(options)
-            except RequestError as error:
-                kwargs = fields.chat_template_kwargs
-                if kwargs and error.code is None:
-                    # If this fails too, it is the messages' fault.
-                    encode({name: value for name, value in options.items() if name not in kwargs})
-                    raise RequestError(
-                        f"These chat_template_kwargs cannot be used: {error.message}",
-                        param="chat_template_kwargs",
-                    ) from error
-                raise
-
-        prompt = await off_loop(size, render_and_encode)
-        if not prompt:
-            raise RequestError("The messages render to an empty prompt.", param="messages")
-        return prompt
+        context.check_model(fields.model)
+        self._rules.check(raw, choice_count(fields))
+        chat = await prepare_chat(context, fields, memoryview(raw["messages"]).nbytes)
+        return await answer(request, context, ChatReply(context, chat))
 
 
-def _content_chars(messages: list[dict[str, Any]]) -> int:
-    """Characters of all contents: about the least that a template can make of the messages."""
-    total = 0
-    for message in messages:
-        content = message["content"]
-        total += len(content) if isinstance(content, str) else sum(len(part["text"]) for part in content)
-    return total
-
-
-def template_options(fields: ChatRequest, template: ChatTemplate) -> dict[str, Any]:
-    """Variables for the template: `chat_template_kwargs` and `reasoning_effort`. Raises RequestError."""
-    options = dict(fields.chat_template_kwargs or {})
-    check_template_kwargs(options)
-    if clash := sorted(_ENCODE_OPTIONS & options.keys()):
-        raise RequestError(
-            f"chat_template_kwargs must not contain {', '.join(clash)}.", param="chat_template_kwargs"
-        )
-    effort = fields.reasoning_effort
-    if effort is None:
-        return options
-    if effort not in REASONING_EFFORTS:
-        raise RequestError(
-            f"reasoning_effort must be one of {', '.join(REASONING_EFFORTS)}; got {shorten(effort)!r}.",
-            param="reasoning_effort",
-        )
-    if template.reads_variable("reasoning_effort"):
-        options.setdefault("reasoning_effort", effort)
-        return options
-    switches = [name for name in _THINKING_SWITCHES if template.reads_variable(name)]
-    if switches:
-        raise RequestError(
-            f"This model's chat template has no reasoning_effort; set chat_template_kwargs.{switches[0]}.",
-            param="reasoning_effort",
-            code="unsupported_parameter",
-        )
-    if effort != "none":
-        raise RequestError(
-            'This model\'s chat template has no reasoning_effort; leave it out (or send null or "none").',
-            param="reasoning_effort",
-            code="unsupported_parameter",
-        )
-    return options
-
-
-def _num_logprobs(fields: ChatRequest) -> int | None:
-    """How many alternatives per token; None for no logprobs. Raises RequestError."""
-    if not fields.logprobs:
-        if fields.top_logprobs:
-            raise RequestError("top_logprobs needs logprobs: true.", param="top_logprobs")
-        return None
-    num_top = fields.top_logprobs or 0
-    if not 0 <= num_top <= MAX_LOGPROBS:
-        raise RequestError(
-            f"top_logprobs must be between 0 and {MAX_LOGPROBS}, got {num_top}.", param="top_logprobs"
-        )
-    return num_top
-
-
-def checked_messages(messages: list[ChatMessage]) -> list[dict[str, Any]]:
-    """The messages as chat templates take them. Raises RequestError naming the message and part."""
-    if not messages:
-        raise RequestError("messages must hold at least one message.", param="messages")
-    if len(messages) > MAX_MESSAGES:
-        raise RequestError(
-            f"messages must hold at most {MAX_MESSAGES} messages, got {len(messages)}.", param="messages"
-        )
-    return [_checked(message, f"messages[{number}]") for number, message in enumerate(messages)]
-
-
-def _checked(message: ChatMessage, where: str) -> dict[str, Any]:
-    if message.role not in ROLES:
-        raise RequestError(
-            f"{where}.role must be one of {', '.join(ROLES)}; got {shorten(message.role)!r}.",
-            param=f"{where}.role",
-        )
-    result: dict[str, Any] = {"role": message.role}
-    if isinstance(message.content, list):
-        result["content"] = [
-            {"type": "text", "text": _part_text(part, f"{where}.content[{number}]")}
-            for number, part in enumerate(message.content)
-        ]
-    elif message.content is not None:
-        result["content"] = message.content
-    elif message.role == "assistant":
-        result["content"] = message.refusal or ""
-    else:
-        raise RequestError(
-            f"{where}.content is missing; only assistant messages may leave it out.",
-            param=f"{where}.content",
-        )
-    for name in ("function_call", "audio"):
-        if getattr(message, name) is not None:
-            raise RequestError(f"{where}.{name} is not supported.", param=f"{where}.{name}")
-    if message.role != "assistant" and message.tool_calls:
-        raise RequestError(
-            f"{where}.tool_calls belongs to assistant messages only.", param=f"{where}.tool_calls"
-        )
-    if message.tool_calls:
-        result["tool_calls"] = [_tool_call(call) for call in message.tool_calls]
-    if message.name is not None:
-        result["name"] = message.name
-    if message.tool_call_id is not None:
-        result["tool_call_id"] = message.tool_call_id
-    if (reasoning := message.reasoning_content or message.reasoning) is not None:
-        result["reasoning_content"] = reasoning
-    return result
-
-
-def _part_text(part: ContentPart, where: str) -> str:
-    text = {"text": part.text, "refusal": part.refusal}.get(part.type)
-    if text is not None:
-        return text
-    if part.type in ("text", "refusal"):
-        raise RequestError(f"Missing required field: {where}.{part.type}.", param=f"{where}.{part.type}")
-    raise RequestError(
-        f"{where}: content parts of type {shorten(part.type)!r} are not supported; send text.",
-        param=where,
-    )
-
-
-def _tool_call(call: Any) -> dict[str, Any]:
-    function = {"name": call.function.name, "arguments": call.function.arguments or "{}"}
-    return {"id": call.id, "type": call.type or "function", "function": function}
-
-
-class ChatReply:
+class ChatReply(ChunkReply):
     """Chat answers, whole and in chunks."""
 
-    def __init__(self, context: ServingContext, job: Job, num_logprobs: int | None) -> None:
-        self.job = job
+    def __init__(self, context: ServingContext, chat: ChatJob) -> None:
+        super().__init__(chat.job)
         self._tokenizer = context.tokenizer
-        self._num_logprobs = num_logprobs
+        self._num_logprobs = chat.num_logprobs
+        self._parsers = [chat.new_parser() for _ in range(chat.job.n)]
 
     def _logprobs(self, entries: list[TokenLogprobs] | None) -> ChatLogprobs | None:
         if self._num_logprobs is None:
@@ -281,21 +73,28 @@ class ChatReply:
             choices=choices,
         )
 
-    def opening(self) -> list[ChatChunk]:
+    def first_chunks(self) -> list[ChatChunk]:
         """The role, once per choice."""
         delta = Delta(role="assistant", content="")
         return [self._chunk([ChatChunkChoice(index, delta)]) for index in range(self.job.n)]
 
     def chunks(self, event: TextEvent) -> list[ChatChunk]:
-        """New text (or logprobs of text that is still held back), then the end."""
-        chunks = []
-        if event.text or event.logprobs:
-            logprobs = self._logprobs(event.logprobs)
-            chunks.append(self._chunk([ChatChunkChoice(event.index, Delta(content=event.text), logprobs)]))
-        if event.finish_reason is not None:
-            end = ChatChunkChoice(event.index, Delta(), finish_reason=event.finish_reason)
-            chunks.append(self._chunk([end]))
-        return chunks
+        """New parts (or logprobs of text that is still held back), then the end."""
+        ended = event.finish_reason is not None
+        deltas = [_delta(part) for part in self._parts(event)]
+        logprobs = self._logprobs(event.logprobs) if event.logprobs else None
+        if logprobs is not None and not deltas:
+            deltas = [Delta(content="")]
+        choices = [ChatChunkChoice(event.index, delta) for delta in deltas]
+        if choices:
+            choices[0].logprobs = logprobs
+        if ended:
+            choices.append(ChatChunkChoice(event.index, Delta(), finish_reason=event.finish_reason))
+        return [self._chunk([choice]) for choice in choices]
+
+    def _parts(self, event: TextEvent) -> list[Part]:
+        parser = self._parsers[event.index]
+        return merge_parts(parser.feed(event.text, final=event.finish_reason is not None))
 
     def usage_chunk(self) -> ChatChunk:
         """No choices: clients must not look for text here."""
@@ -306,7 +105,7 @@ class ChatReply:
         choices = [
             ChatChoice(
                 event.index,
-                AssistantMessage(content=event.text),
+                _message(self._parts(event)),
                 self._logprobs(event.logprobs),
                 event.finish_reason,
             )
@@ -321,3 +120,17 @@ class ChatReply:
             usage=usage,
             system_fingerprint=job.fingerprint,
         )
+
+
+def _delta(part: Part) -> Delta:
+    """What a part adds to the message, as OpenAI's clients put it together."""
+    match part:
+        case TextPart(text):
+            return Delta(content=text)
+        case _:
+            raise NotImplementedError(f"a chat chunk for {part}")
+
+
+def _message(parts: list[Part]) -> AssistantMessage:
+    """All parts of a choice as one message."""
+    return AssistantMessage(content="".join(part.text for part in parts if isinstance(part, TextPart)))

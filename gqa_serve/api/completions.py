@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from starlette.requests import Request
 from starlette.responses import Response
 
+from gqa_serve.api.chunks import ChunkReply
 from gqa_serve.api.json_guard import read_request
 from gqa_serve.api.logprobs import LegacyLogprobsWriter, join_legacy
 from gqa_serve.api.params import (
@@ -77,6 +78,7 @@ class Completions:
         prompts = await _encode_all(items, context.tokenizer, info, add_special)
         job = Job.new(
             "cmpl",
+            kind="completion",
             model=model,
             fingerprint=fingerprint(info),
             fields=fields,
@@ -155,7 +157,7 @@ def _check_ids(ids: list[int], vocab_size: int, param: str) -> None:
         raise RequestError(f"{param} holds token ids outside 0..{vocab_size - 1}.", param=param)
 
 
-class CompletionReply:
+class CompletionReply(ChunkReply):
     """Completion answers, whole and in chunks."""
 
     def __init__(
@@ -165,7 +167,7 @@ class CompletionReply:
         prompts: list[PromptInput],
         fields: CompletionRequest,
     ) -> None:
-        self.job = job
+        super().__init__(job)
         self._tokenizer = context.tokenizer
         self._prompts = prompts
         self._echo = bool(fields.echo)
@@ -210,10 +212,6 @@ class CompletionReply:
             system_fingerprint=job.fingerprint,
             choices=choices,
         )
-
-    def opening(self) -> list[TextCompletion]:
-        """Nothing: a completion has no role to announce."""
-        return []
 
     def chunks(self, event: TextEvent) -> list[TextCompletion]:
         """One chunk per event that shows anything."""

@@ -1,4 +1,4 @@
-"""What both completion endpoints share: admission, submission, and answering whole or as a stream.
+"""What all endpoints that generate share: admission, submission, and answering whole or as a stream.
 
 Owns the HTTP life of a generation: nothing is sent before the first token (so an early failure is a plain
 HTTP status), a client that leaves is noticed at any time, and `Generation.abort` runs whatever happens.
@@ -27,9 +27,9 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from gqa_serve import __version__
-from gqa_serve.api.errors import error_json, shorten
+from gqa_serve.api.errors import shorten
 from gqa_serve.api.http_protocol import abort_connection
-from gqa_serve.api.protocol import ChatRequest, PromptTokensDetails, SamplingFields, Usage
+from gqa_serve.api.protocol import PromptTokensDetails, SamplingFields, Usage
 from gqa_serve.api.text_stream import Choice, Generation, TextEvent, TokenStream
 from gqa_serve.engine.chat_template import ChatTemplate
 from gqa_serve.engine.detokenizer import TextAssembler
@@ -133,6 +133,7 @@ class Job:
 
     id: str
     created: int
+    kind: str  # what the log calls it
     model: str
     fingerprint: str
     fields: SamplingFields
@@ -144,11 +145,6 @@ class Job:
     def new(cls, prefix: str, **values: Any) -> Job:
         """A job with a fresh id that starts with `prefix`."""
         return cls(id=f"{prefix}-{uuid.uuid4().hex}", created=int(time.time()), **values)
-
-    @property
-    def kind(self) -> str:
-        """What the log calls it."""
-        return "chat" if isinstance(self.fields, ChatRequest) else "completion"
 
     def engine_requests(self) -> list[EngineRequest]:
         """One per choice; those of one prompt form a group, which shares the prompt's blocks.
@@ -178,21 +174,24 @@ class Job:
 
 
 class Reply(Protocol):
-    """How one endpoint spells its answer. Chunks are msgspec structs with a `usage` field."""
+    """How one endpoint spells its answer: as one JSON value, or as the bytes of server-sent events."""
 
     job: Job
 
-    def opening(self) -> list[Any]:
-        """Chunks before any text."""
+    def opening(self, usage: Callable[[], Usage]) -> bytes:
+        """What comes before any text."""
 
-    def chunks(self, event: TextEvent) -> list[Any]:
-        """Chunks for one event; none if it says nothing a client can see."""
+    def events(self, event: TextEvent, usage: Callable[[], Usage]) -> bytes:
+        """What `event` adds; empty if it says nothing a client can see. `usage()` counts so far."""
 
-    def usage_chunk(self) -> Any:
-        """The chunk with no choices that carries the usage."""
+    def closing(self, usage: Usage) -> bytes:
+        """What comes after the last event of every choice, when all went well."""
+
+    def failure(self, error: Exception) -> bytes:
+        """What ends a stream that went wrong."""
 
     def whole(self, events: list[TextEvent], usage: Usage) -> Any:
-        """The answer of a request that does not stream."""
+        """The answer of a request that does not stream, for msgspec to encode; one event per choice."""
 
 
 def submit(context: ServingContext, job: Job, stops: StopStrings) -> Generation:
@@ -306,32 +305,22 @@ class GenerationResponse(EventSourceResponse):
 
 
 async def sse_events(generation: Generation, reply: Reply) -> AsyncIterator[bytes]:
-    """The stream's bytes: chunks, the usage if asked for, [DONE]; an error replaces what is left."""
-    encode = msgspec.json.Encoder().encode
-    options = reply.job.fields.stream_options
-    with_usage = options is not None and bool(options.include_usage)
-    running = with_usage and options is not None and bool(options.continuous_usage_stats)
+    """The stream's bytes, as `reply` spells them; an error replaces what is left."""
 
-    def event(chunk: Any) -> bytes:
-        if with_usage:
-            chunk.usage = reply.job.usage(generation) if running else None
-        return b"data: " + encode(chunk) + b"\n\n"
+    def usage() -> Usage:
+        return reply.job.usage(generation)
 
     try:
-        if opening := b"".join(map(event, reply.opening())):
+        if opening := reply.opening(usage):
             yield opening
         async for events in generation.batches():
-            data = b"".join(event(chunk) for item in events for chunk in reply.chunks(item))
-            if data:
+            if data := b"".join(reply.events(event, usage) for event in events):
                 yield data
-        if with_usage:
-            last = reply.usage_chunk()
-            last.usage = reply.job.usage(generation)
-            yield b"data: " + encode(last) + b"\n\n"
+        last = reply.closing(usage())
     except Exception as error:
         if not isinstance(error, RequestError):
             logger.exception("Streaming %s failed.", reply.job.id)
-        yield b"data: " + error_json(error) + b"\n\n"
+        last = reply.failure(error)
     finally:
         generation.abort()
-    yield b"data: [DONE]\n\n"
+    yield last

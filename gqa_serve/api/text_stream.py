@@ -12,9 +12,8 @@ import asyncio
 import dataclasses
 import time
 from collections.abc import AsyncIterator, Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
-from gqa_serve.api.protocol import ApiFinishReason
 from gqa_serve.engine.detokenizer import TextDelta
 from gqa_serve.engine.request import EngineRequest, TokenLogprobs, TokenOutput
 from gqa_serve.errors import EngineStepError, EngineUnavailableError
@@ -36,13 +35,16 @@ class Assembler(Protocol):
 
 @dataclasses.dataclass(slots=True)
 class TextEvent:
-    """Something new of one choice: text, maybe logprobs, maybe its end ("stop" or "length")."""
+    """Something new of one choice: text, the tokens it accounts for (a stop token too), maybe logprobs, maybe
+    its end: "stop" or "length", and then which stop string or stop token it was."""
 
     index: int
     text: str = ""
+    token_ids: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None
-    finish_reason: ApiFinishReason | None = None
+    finish_reason: Literal["stop", "length"] | None = None
+    stop_reason: str | int | None = None
     is_first: bool = False
 
 
@@ -55,8 +57,10 @@ def merge_events(events: Sequence[TextEvent]) -> TextEvent:
     return dataclasses.replace(
         first,
         text="".join(event.text for event in events),
+        token_ids=[token for event in events for token in event.token_ids],
         logprobs=logprobs if any(event.logprobs is not None for event in events) else None,
         finish_reason=last.finish_reason,
+        stop_reason=last.stop_reason,
     )
 
 
@@ -119,9 +123,11 @@ class Generation:
         return TextEvent(
             choice.index,
             delta.text,
+            delta.token_ids,
             delta.logprobs,
             output.prompt_logprobs,
             delta.finish_reason,
+            delta.stop_reason,
             is_first,
         )
 

@@ -13,6 +13,8 @@ from starlette.types import Message
 
 from gqa_serve.api import serving as module
 from gqa_serve.api.chat import ChatReply
+from gqa_serve.api.chat_request import ChatJob
+from gqa_serve.api.message_parts import PlainParser
 from gqa_serve.api.protocol import ChatRequest
 from gqa_serve.api.serving import GenerationResponse, Job, fingerprint, submit
 from gqa_serve.engine.request import SamplingParams
@@ -34,6 +36,7 @@ def respond(
         context: Any = types.SimpleNamespace(engine=engine, tokenizer=TOKENIZER)
         job = Job.new(
             "chatcmpl",
+            kind="chat",
             model="m",
             fingerprint=fingerprint(fake_info()),
             fields=ChatRequest(messages=[]),
@@ -42,7 +45,9 @@ def respond(
             n=1,
         )
         generation = submit(context, job, StopStrings([]))
-        response = GenerationResponse(generation, ChatReply(context, job, None), {}, drain_timeout_s)
+        response = GenerationResponse(
+            generation, ChatReply(context, ChatJob(job, PlainParser, None)), {}, drain_timeout_s
+        )
         await asyncio.wait_for(response(dict(SCOPE), receive, send), 20)  # type: ignore[arg-type]
 
     asyncio.run(main())

@@ -1,0 +1,251 @@
+"""From a chat request to a job for the engine: checks, chat template, sampling parameters, answer format.
+
+Owns what a conversation must look like and how it becomes a prompt; every endpoint that chats (OpenAI's chat
+completions and responses, Anthropic's messages) translates its body to a `ChatRequest` and comes through
+`prepare_chat`. Knows neither HTTP nor the shape of answers. Invariant: a message part this server cannot read
+is refused, never dropped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from gqa_serve.api.errors import shorten
+from gqa_serve.api.message_parts import MessageParser, PlainParser
+from gqa_serve.api.params import check_capacity, choice_count, sampling_params
+from gqa_serve.api.protocol import ChatMessage, ChatRequest, ContentPart
+from gqa_serve.api.serving import Job, ServingContext, fingerprint, off_loop
+from gqa_serve.engine.chat_prompt import encode_chat
+from gqa_serve.engine.chat_template import ChatTemplate, check_template_kwargs
+from gqa_serve.engine.request import MAX_LOGPROBS
+from gqa_serve.errors import RequestError
+
+MAX_MESSAGES = 10_000
+MESSAGE_COST_CHARS = 256  # rendering a message costs about as much as so many characters, however short it is
+REASONING_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
+_THINKING_SWITCHES = ("enable_thinking", "thinking")  # what templates of hybrid models call it
+_ENCODE_OPTIONS = frozenset({"add_special_tokens", "max_model_len"})  # encode_chat's own
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatJob:
+    """A job whose answers are messages: how to take their text apart, and how many logprobs to show."""
+
+    job: Job
+    new_parser: Callable[[], MessageParser]
+    num_logprobs: int | None
+
+
+async def prepare_chat(
+    context: ServingContext, fields: ChatRequest, size: int, *, kind: str = "chat", prefix: str = "chatcmpl"
+) -> ChatJob:
+    """Check, render and tokenize a conversation whose JSON has `size` bytes. Raises RequestError.
+
+    `kind` is what the log calls the request, `prefix` begins its id.
+    """
+    model = context.check_model(fields.model)
+    n = choice_count(fields)
+    # Many small messages must count as well as a few large ones.
+    size += MESSAGE_COST_CHARS * len(fields.messages)
+    messages = await off_loop(size, lambda: checked_messages(fields.messages))
+    num_logprobs = _num_logprobs(fields)
+    for limit in ("max_tokens", "max_completion_tokens"):
+        if getattr(fields, limit) == 0:
+            raise RequestError(f"{limit} must be at least 1.", param=limit)
+    info = context.ready_info()
+    check_capacity(info, 1, n)
+    params = sampling_params(
+        fields,
+        info.generation_config,
+        default_max_tokens=None,
+        logprobs=num_logprobs,
+        prompt_logprobs=None,
+        vocab_size=info.vocab_size,
+    )
+    prompt = await _encode(context, fields, messages, size, info.max_model_len)
+    job = Job.new(
+        prefix,
+        kind=kind,
+        model=model,
+        fingerprint=fingerprint(info),
+        fields=fields,
+        prompts=[prompt],
+        params=[params.fit(len(prompt), info.max_model_len, param="messages")],
+        n=n,
+    )
+    return ChatJob(job, PlainParser, num_logprobs)
+
+
+async def _encode(
+    context: ServingContext,
+    fields: ChatRequest,
+    messages: list[dict[str, Any]],
+    size: int,
+    max_model_len: int,
+) -> list[int]:
+    """The rendered conversation as token ids; control tokens in it are the template's."""
+    options = template_options(fields, context.chat_template)
+    final = bool(fields.continue_final_message)
+    if final and messages[-1]["role"] != "assistant":
+        raise RequestError("continue_final_message needs an assistant message at the end.", param="messages")
+    add_prompt = not final if fields.add_generation_prompt is None else fields.add_generation_prompt
+
+    def encode(options: dict[str, Any]) -> list[int]:
+        return encode_chat(
+            context.tokenizer,
+            context.chat_template,
+            messages,
+            add_special_tokens=bool(fields.add_special_tokens),
+            max_model_len=max_model_len,
+            add_generation_prompt=add_prompt,
+            continue_final_message=final,
+            **options,
+        )
+
+    def render_and_encode() -> list[int]:
+        context.tokenizer.check_length(_content_chars(messages), max_model_len, param="messages")
+        try:
+            return encode(options)
+        except RequestError as error:
+            kwargs = fields.chat_template_kwargs
+            if kwargs and error.code is None:
+                # If this fails too, it is the messages' fault.
+                encode({name: value for name, value in options.items() if name not in kwargs})
+                raise RequestError(
+                    f"These chat_template_kwargs cannot be used: {error.message}",
+                    param="chat_template_kwargs",
+                ) from error
+            raise
+
+    prompt = await off_loop(size, render_and_encode)
+    if not prompt:
+        raise RequestError("The messages render to an empty prompt.", param="messages")
+    return prompt
+
+
+def _content_chars(messages: list[dict[str, Any]]) -> int:
+    """Characters of all contents: about the least that a template can make of the messages."""
+    total = 0
+    for message in messages:
+        content = message["content"]
+        total += len(content) if isinstance(content, str) else sum(len(part["text"]) for part in content)
+    return total
+
+
+def template_options(fields: ChatRequest, template: ChatTemplate) -> dict[str, Any]:
+    """Variables for the template: `chat_template_kwargs` and `reasoning_effort`. Raises RequestError."""
+    options = dict(fields.chat_template_kwargs or {})
+    check_template_kwargs(options)
+    if clash := sorted(_ENCODE_OPTIONS & options.keys()):
+        raise RequestError(
+            f"chat_template_kwargs must not contain {', '.join(clash)}.", param="chat_template_kwargs"
+        )
+    effort = fields.reasoning_effort
+    if effort is None:
+        return options
+    if effort not in REASONING_EFFORTS:
+        raise RequestError(
+            f"reasoning_effort must be one of {', '.join(REASONING_EFFORTS)}; got {shorten(effort)!r}.",
+            param="reasoning_effort",
+        )
+    if template.reads_variable("reasoning_effort"):
+        options.setdefault("reasoning_effort", effort)
+        return options
+    switches = [name for name in _THINKING_SWITCHES if template.reads_variable(name)]
+    if switches:
+        raise RequestError(
+            f"This model's chat template has no reasoning_effort; set chat_template_kwargs.{switches[0]}.",
+            param="reasoning_effort",
+            code="unsupported_parameter",
+        )
+    if effort != "none":
+        raise RequestError(
+            'This model\'s chat template has no reasoning_effort; leave it out (or send null or "none").',
+            param="reasoning_effort",
+            code="unsupported_parameter",
+        )
+    return options
+
+
+def _num_logprobs(fields: ChatRequest) -> int | None:
+    """How many alternatives per token; None for no logprobs. Raises RequestError."""
+    if not fields.logprobs:
+        if fields.top_logprobs:
+            raise RequestError("top_logprobs needs logprobs: true.", param="top_logprobs")
+        return None
+    num_top = fields.top_logprobs or 0
+    if not 0 <= num_top <= MAX_LOGPROBS:
+        raise RequestError(
+            f"top_logprobs must be between 0 and {MAX_LOGPROBS}, got {num_top}.", param="top_logprobs"
+        )
+    return num_top
+
+
+def checked_messages(messages: list[ChatMessage]) -> list[dict[str, Any]]:
+    """The messages as chat templates take them. Raises RequestError naming the message and part."""
+    if not messages:
+        raise RequestError("messages must hold at least one message.", param="messages")
+    if len(messages) > MAX_MESSAGES:
+        raise RequestError(
+            f"messages must hold at most {MAX_MESSAGES} messages, got {len(messages)}.", param="messages"
+        )
+    return [_checked(message, f"messages[{number}]") for number, message in enumerate(messages)]
+
+
+def _checked(message: ChatMessage, where: str) -> dict[str, Any]:
+    if message.role not in ROLES:
+        raise RequestError(
+            f"{where}.role must be one of {', '.join(ROLES)}; got {shorten(message.role)!r}.",
+            param=f"{where}.role",
+        )
+    result: dict[str, Any] = {"role": message.role}
+    if isinstance(message.content, list):
+        result["content"] = [
+            {"type": "text", "text": _part_text(part, f"{where}.content[{number}]")}
+            for number, part in enumerate(message.content)
+        ]
+    elif message.content is not None:
+        result["content"] = message.content
+    elif message.role == "assistant":
+        result["content"] = message.refusal or ""
+    else:
+        raise RequestError(
+            f"{where}.content is missing; only assistant messages may leave it out.",
+            param=f"{where}.content",
+        )
+    for name in ("function_call", "audio"):
+        if getattr(message, name) is not None:
+            raise RequestError(f"{where}.{name} is not supported.", param=f"{where}.{name}")
+    if message.role != "assistant" and message.tool_calls:
+        raise RequestError(
+            f"{where}.tool_calls belongs to assistant messages only.", param=f"{where}.tool_calls"
+        )
+    if message.tool_calls:
+        result["tool_calls"] = [_tool_call(call) for call in message.tool_calls]
+    if message.name is not None:
+        result["name"] = message.name
+    if message.tool_call_id is not None:
+        result["tool_call_id"] = message.tool_call_id
+    if (reasoning := message.reasoning_content or message.reasoning) is not None:
+        result["reasoning_content"] = reasoning
+    return result
+
+
+def _part_text(part: ContentPart, where: str) -> str:
+    text = {"text": part.text, "refusal": part.refusal}.get(part.type)
+    if text is not None:
+        return text
+    if part.type in ("text", "refusal"):
+        raise RequestError(f"Missing required field: {where}.{part.type}.", param=f"{where}.{part.type}")
+    raise RequestError(
+        f"{where}: content parts of type {shorten(part.type)!r} are not supported; send text.",
+        param=where,
+    )
+
+
+def _tool_call(call: Any) -> dict[str, Any]:
+    function = {"name": call.function.name, "arguments": call.function.arguments or "{}"}
+    return {"id": call.id, "type": call.type or "function", "function": function}

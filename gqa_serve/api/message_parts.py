@@ -1,0 +1,76 @@
+"""What a generated message is made of, piece by piece: text, reasoning, tool calls.
+
+Owns the vocabulary between parsers (which take a model's text apart) and replies (which spell the parts the
+way an endpoint's clients expect). Knows no model's syntax and no endpoint. Invariant: every character a
+parser is fed ends up in exactly one part or is syntax that the parts stand for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Protocol
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TextPart:
+    """More of the answer."""
+
+    text: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ReasoningPart:
+    """More of the thinking before the answer."""
+
+    text: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ToolCallPart:
+    """A tool call begins: number `index` of the message, counted from 0."""
+
+    index: int
+    id: str
+    name: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ArgumentsPart:
+    """More of the arguments (JSON text) of tool call `index`."""
+
+    index: int
+    text: str
+
+
+Part = TextPart | ReasoningPart | ToolCallPart | ArgumentsPart
+
+
+class MessageParser(Protocol):
+    """Takes the text of one choice apart as it comes."""
+
+    def feed(self, text: str, *, final: bool = False) -> list[Part]:
+        """The parts that became certain with `text`; with `final`, all that is left."""
+
+
+class PlainParser:
+    """For models and requests without tools and reasoning: all text is the answer."""
+
+    def feed(self, text: str, *, final: bool = False) -> list[Part]:
+        """One part, if there is text."""
+        return [TextPart(text)] if text else []
+
+
+def merge_parts(parts: list[Part]) -> list[Part]:
+    """Neighbouring parts of the same kind (and call) as one."""
+    merged: list[Part] = []
+    for part in parts:
+        last = merged[-1] if merged else None
+        if isinstance(part, TextPart) and isinstance(last, TextPart):
+            merged[-1] = TextPart(last.text + part.text)
+        elif isinstance(part, ReasoningPart) and isinstance(last, ReasoningPart):
+            merged[-1] = ReasoningPart(last.text + part.text)
+        elif isinstance(part, ArgumentsPart) and isinstance(last, ArgumentsPart) and part.index == last.index:
+            merged[-1] = ArgumentsPart(part.index, last.text + part.text)
+        else:
+            merged.append(part)
+    return merged
