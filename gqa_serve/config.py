@@ -131,7 +131,11 @@ class ServerConfig:
     served_model_name: tuple[str, ...] = setting(
         (), "name(s) clients use; default: the value of --model", "server", metavar="NAME"
     )
-    chat_template: str | None = setting(None, "Jinja file or text; default: the checkpoint's", "server")
+    chat_template: str | None = setting(
+        None,
+        "Jinja file or text, or chatml, llama3, gemma, mistral, phi3; default: the checkpoint's",
+        "server",
+    )
     max_body_bytes: int = setting(
         16 * 2**20, "largest request body, e.g. 16MiB", "server", parse=parse_size, metavar="SIZE", low=1024
     )
@@ -150,7 +154,11 @@ class ServerConfig:
 class ChatConfig:
     """Settings of `gqa-serve chat --model` beside the engine's; those of the server under their names."""
 
-    chat_template: str | None = setting(None, "Jinja file or text; default: the checkpoint's", "model")
+    chat_template: str | None = setting(
+        None,
+        "Jinja file or text, or chatml, llama3, gemma, mistral, phi3; default: the checkpoint's",
+        "model",
+    )
     log_level: str = setting(
         "warning", "how much to log", "chat", choices=("debug", "info", "warning", "error", "critical")
     )

@@ -97,7 +97,7 @@ class LLM:
             progress=progress,
         )
         self.tokenizer = load_tokenizer(path)
-        self.chat_template = load_chat_template(path, chat_template)
+        self.chat_template = load_chat_template(path, chat_template, self.tokenizer.special_texts)
         bar = ProgressBar("Loading weights") if progress else None
         self.engine = Engine(ModelRunner(path, config, bar.update if bar else None), config)
         self._progress = progress
