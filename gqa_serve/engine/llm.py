@@ -28,6 +28,7 @@ from gqa_serve.engine.request import (
     TokenLogprobs,
     sampling_defaults,
 )
+from gqa_serve.engine.structured import GrammarService
 from gqa_serve.engine.tokenizer import load_tokenizer
 from gqa_serve.engine.weights.hub import resolve_model
 from gqa_serve.errors import EngineStepError, RequestError
@@ -99,7 +100,9 @@ class LLM:
         self.tokenizer = load_tokenizer(path)
         self.chat_template = load_chat_template(path, chat_template)
         bar = ProgressBar("Loading weights") if progress else None
-        self.engine = Engine(ModelRunner(path, config, bar.update if bar else None), config)
+        runner = ModelRunner(path, config, bar.update if bar else None)
+        grammars = GrammarService(lambda: self.tokenizer, runner.eos_token_ids)
+        self.engine = Engine(runner, config, grammars)
         self._progress = progress
         self.default_sampling_params = SamplingParams(**sampling_defaults(self.engine.info.generation_config))
         self._counter = 0

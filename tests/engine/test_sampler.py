@@ -110,7 +110,7 @@ def test_repetition_penalty_as_in_transformers() -> None:
         make([5, 6, 7], [8, 8], repetition_penalty=1.3, temperature=0),
         make([1], temperature=0, seed=1),
     ]
-    ours = Sampler([])._adjust(logits, requests, range(len(requests)))
+    ours = Sampler([])._adjust(logits.clone(), requests, range(len(requests)))
     wanted = RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor([[5, 6, 7, 8, 8]]), logits[:1].clone())
     assert torch.allclose(ours[:1], wanted)
     assert torch.equal(ours[1], logits[1])
@@ -119,7 +119,7 @@ def test_repetition_penalty_as_in_transformers() -> None:
 def test_presence_and_frequency_penalties_count_output_tokens_only() -> None:
     logits = random_logits(1)
     request = make([5, 6], [7, 7, 7, 9], presence_penalty=0.5, frequency_penalty=0.25)
-    delta = (logits - Sampler([])._adjust(logits, [request], [0]))[0]
+    delta = (logits - Sampler([])._adjust(logits.clone(), [request], [0]))[0]
     wanted = torch.zeros(VOCAB)
     wanted[7], wanted[9] = 0.5 + 3 * 0.25, 0.5 + 0.25
     assert torch.allclose(delta, wanted, atol=1e-5)
