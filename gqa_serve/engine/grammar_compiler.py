@@ -21,8 +21,8 @@ from gqa_serve.engine.tokenizer import Tokenizer
 _MAX_CACHED_GRAMMARS = 64
 _MAX_CACHED_CHARS = 4 * 1024 * 1024
 _MAX_MESSAGE_CHARS = 300
-# The compiler calls itself for each rule or $ref that leads to the next, of which a text can hold many. Memory
-# is taken only as far as the stack is used.
+# The compiler calls itself for each rule or $ref that leads to the next, of which a text can hold many.
+# Memory is taken only as far as the stack is used.
 _STACK_BYTES = 512 * 1024 * 1024
 _MARK = "\x02"  # a character that no vocabulary merges with what follows it
 

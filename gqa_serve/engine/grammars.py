@@ -2,8 +2,8 @@
 
 Owns the form in which a constraint travels (`SamplingParams.grammar`: llguidance's JSON, a list of grammars
 of which the first is the top) and the limits on what a client may send. Knows no model and no engine; only
-`check_grammar` takes a tokenizer. Invariant: what is built here is enforced exactly or refused; white space in
-JSON is at most one blank after each comma and colon, so that no model can fill its answer with it.
+`check_grammar` takes a tokenizer. Invariant: what is built here is enforced exactly or refused; white space
+in JSON is at most one blank after each comma and colon, so that no model can fill its answer with it.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Owns two threads: one compiles grammars (and loads the tokenizer when the first comes), one computes masks
 while the model's forward pass runs; llguidance and the native backend both let go of the interpreter's lock.
-Knows no scheduler and no logits. Invariant: a request's matcher is used by one thread at a time: by the engine's
-until its mask is asked for, by the mask thread until that is there.
+Knows no scheduler and no logits. Invariant: a request's matcher is used by one thread at a time: by the
+engine's until its mask is asked for, by the mask thread until that is there.
 """
 
 from __future__ import annotations
