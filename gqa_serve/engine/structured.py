@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from gqa_serve.engine.constraints import Constraint, ConstraintError
+from gqa_serve.engine.grammars import one_line
 from gqa_serve.errors import ModelError
 
 if TYPE_CHECKING:
@@ -124,7 +125,5 @@ class GrammarService:
 
 def _failure(matcher: LLMatcher) -> str:
     """What went wrong, for the client."""
-    reason = (
-        matcher.get_error().replace("<non-verbose/>", "").strip()[:200] or "it does not allow this output"
-    )
+    reason = one_line(matcher.get_error()) or "it does not allow this output"
     return f"The grammar could not be followed any further: {reason}."

@@ -1,4 +1,4 @@
-"""The fields that ask for structured output: what reaches the engine, and what is refused with which words."""
+"""The fields that ask for structured output: what reaches the engine, what is refused and in which words."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     (
         {"structured_outputs": {"json": {}, "disable_any_whitespace": True}},
         "structured_outputs.disable_any_whitespace",
-        "False",
+        "invalid",
     ),
     (
         {"structured_outputs": {"json": {}, "whitespace_pattern": " *"}},
@@ -114,7 +114,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ),
     ({"structured_outputs": {"choice": []}}, "structured_outputs.choice", "none of them empty"),
     ({"structured_outputs": {"choice": ["a", ""]}}, "structured_outputs.choice", "none of them empty"),
-    ({"structured_outputs": {"choice": ["a", 1]}}, "structured_outputs.choice", "string"),
+    ({"structured_outputs": {"choice": ["a", 1]}}, "structured_outputs.choice[1]", "string"),
     ({"structured_outputs": {"json": "{"}}, "structured_outputs.json", "not valid JSON"),
     ({"structured_outputs": {"json": 5}}, "structured_outputs.json", "object"),
     ({"guided_json": {"uniqueItems": True, "type": "array"}}, "guided_json", "uniqueItems"),
