@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
 from gqa_serve.errors import ContextLengthError, RequestError
+
+if TYPE_CHECKING:
+    from gqa_serve.engine.constraints import Constraint
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -23,6 +26,7 @@ MAX_STOP_STRINGS = 64
 MAX_STOP_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 1024
 MAX_LOGIT_BIAS = 1024
+MAX_GRAMMAR_CHARS = 256 * 1024
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -56,6 +60,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     n: int = 1
+    grammar: str | None = None
 
     def validate(self, vocab_size: int | None = None) -> None:
         """Raises RequestError, naming the field, if a value is of the wrong type or outside its range."""
@@ -79,6 +84,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
                 f"stop takes at most {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_CHARS} characters.",
                 param="stop",
             )
+        if self.grammar is not None and not 0 < len(self.grammar) <= MAX_GRAMMAR_CHARS:
+            raise RequestError(f"grammar takes 1 to {MAX_GRAMMAR_CHARS} characters.", param="grammar")
         self._validate_ids(vocab_size)
 
     def _validate_types(self) -> None:
@@ -252,8 +259,10 @@ class Request:
     those too that steps in flight choose; the latest is row `sample_row` of what its step samples.
     `num_computed_tokens` have their KV in the cache, or will once the steps in flight are done; the one rule
     of the scheduler makes it catch up with `num_tokens`, which ends at `max_num_tokens`. Lower `order` runs
-    first.
+    first. `unsent` are tokens of the output that wait for the next `TokenOutput`.
     """
+
+    constraint: Constraint | None = None
 
     def __init__(self, spec: EngineRequest, arrival: int, seed: int, max_model_len: int) -> None:
         self.spec = spec
@@ -272,6 +281,7 @@ class Request:
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0
         self.prompt_logprobs: list[TokenLogprobs | None] = []
+        self.unsent: list[int] = []
         self.has_output = False
 
     @property
@@ -287,7 +297,13 @@ class Request:
     @property
     def needs_last_token(self) -> bool:
         """Whether the host must know the last token before the request's next step is launched."""
-        return self.params.has_penalties and self.num_pending_tokens > 0
+        needed = self.params.has_penalties or self.constraint is not None
+        return needed and self.num_pending_tokens > 0
+
+    @property
+    def takes_forced_tokens(self) -> bool:
+        """Whether tokens that must come next are appended at once: not if anybody wants their logits."""
+        return self.params.logprobs is None and not self.scores_prompt
 
     @property
     def scores_prompt(self) -> bool:
