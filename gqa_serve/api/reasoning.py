@@ -7,8 +7,13 @@ a text is cut into pieces, the parts (merged) are the same.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+
 from gqa_serve.api.call_object import BLANKS
 from gqa_serve.api.message_parts import MessageParser, Part, ReasoningPart
+from gqa_serve.api.tool_syntax import Vocabulary, lark_text
+from gqa_serve.engine.grammars import lark_grammar
 
 OPENING, CLOSING = "<think>", "</think>"
 
@@ -76,3 +81,43 @@ def _without_ending(text: str) -> str:
     """`text` without what may turn out to be the closing tag and blanks before it."""
     length = next((n for n in range(len(CLOSING) - 1, 0, -1) if text.endswith(CLOSING[:n])), 0)
     return text[: len(text) - length].rstrip(BLANKS)
+
+
+def after_thinking(grammar: str, vocabulary: Vocabulary, *, is_open: bool) -> str:
+    """`grammar` once the thinking is over; unless `is_open`, the model may also go without thinking."""
+    top, *others = json.loads(grammar)["grammars"]
+    closing = lark_text(CLOSING, vocabulary)
+    lazy = "[lazy]" if closing.startswith('"') else ""
+    opening = "" if is_open else lark_text(OPENING, vocabulary)
+    name = top["name"] + "-after-thinking"
+    rules = [
+        f"start: thinking GAP @{name}" + ("" if is_open else f" | @{name}"),
+        f"thinking{lazy}: {opening} TEXT {closing}",
+        "TEXT: /(?s:.*)/",
+        r"GAP: /[ \n]{0,4}/",
+    ]
+    head = json.loads(lark_grammar("\n".join(rules)))["grammars"]
+    return json.dumps({"grammars": [*head, {**top, "name": name}, *others]}, ensure_ascii=False)
+
+
+class ThinkingCounter:
+    """Counts the tokens of the thinking, tags included, where each tag is one token."""
+
+    def __init__(self, opening: int | None, closing: int, *, is_open: bool) -> None:
+        self._opening = opening
+        self._closing = closing
+        self._is_open = is_open
+        self._patience = 0 if is_open else 4  # blanks may come before the opening tag
+
+    def count(self, token_ids: Sequence[int]) -> int:
+        """How many of these, the next tokens, belong to the thinking."""
+        number = 0
+        for token in token_ids:
+            if not self._is_open and self._patience:
+                self._patience -= 1
+                self._is_open = token == self._opening
+                self._patience *= not self._is_open
+            number += self._is_open
+            if token == self._closing:
+                self._is_open, self._patience = False, 0
+        return number

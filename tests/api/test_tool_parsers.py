@@ -113,8 +113,12 @@ TRANSCRIPTS: list[tuple[str, str, str, list[Call]]] = [
     ("hermes", 'x\n<tool_call>{"na', 'x\n<tool_call>{"na', []),
     ("hermes", "x\n<tool_ca", "x\n<tool_ca", []),
     ("hermes", '<tool_call>{"name": "add", "arguments": {"a": 1', "", [("add", '{"a": 1')]),
-    ("hermes", '<tool_call>{"name": 5, "arguments": {}}</tool_call>',
-     '<tool_call>{"name": 5, "arguments": {}}</tool_call>', []),
+    (
+        "hermes",
+        '<tool_call>{"name": 5, "arguments": {}}</tool_call>',
+        '<tool_call>{"name": 5, "arguments": {}}</tool_call>',
+        [],
+    ),
     ("hermes", "<<tool_call>{}</tool_call>", "<<tool_call>{}</tool_call>", []),
     (
         "llama3",
@@ -250,7 +254,12 @@ def think(is_open: bool, *pieces: str) -> tuple[str, str]:
 @pytest.mark.parametrize(
     ("is_open", "written", "reasoning", "answer"),
     [
-        (False, "<think>\nHm. 1 < 2\n\nyes\n</think>\n\nHello </think>", "Hm. 1 < 2\n\nyes", "Hello </think>"),
+        (
+            False,
+            "<think>\nHm. 1 < 2\n\nyes\n</think>\n\nHello </think>",
+            "Hm. 1 < 2\n\nyes",
+            "Hello </think>",
+        ),
         (True, "Hm.\n</think>\n\nHello", "Hm.", "Hello"),
         (True, "<think>\nHm.</think>Hello", "Hm.", "Hello"),
         (False, "<think>\n\n</think>\n\nHello", "", "Hello"),
