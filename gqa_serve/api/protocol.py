@@ -52,6 +52,12 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     priority: Int | None = None
     cache_salt: str | None = None
     add_special_tokens: bool | None = None
+    repeat_penalty: float | None = None
+    spaces_between_special_tokens: bool | None = None
+    allowed_token_ids: list[Int] | None = None
+    prompt_logprobs: Int | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
 
 
 class ContentPart(msgspec.Struct):
@@ -108,8 +114,11 @@ class CompletionRequest(SamplingFields):
     """Body of POST /v1/completions."""
 
     prompt: Prompt
+    suffix: str | None = None
     logprobs: Int | None = None
     echo: bool | None = None
+    best_of: Int | None = None
+    truncate_prompt_tokens: Int | None = None
 
 
 # --- answers -----------------------------------------------------------------------------------------------
@@ -213,6 +222,18 @@ class ChatChunk(msgspec.Struct, kw_only=True):
     usage: Usage | UnsetType | None = UNSET
 
 
+class PromptLogprob(msgspec.Struct):
+    """What `prompt_logprobs` tells of one token at one place of a prompt, in vLLM's form."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
+"""One entry per prompt token, by token id; null for the first, which nothing precedes."""
+
+
 class LegacyLogprobs(msgspec.Struct):
     """Logprobs of a plain completion: four lists of one entry per token."""
 
@@ -229,6 +250,11 @@ class TextChoice(msgspec.Struct):
     index: int
     logprobs: LegacyLogprobs | None
     finish_reason: ApiFinishReason | None
+    # beyond OpenAI's, in vLLM's form
+    stop_reason: str | int | UnsetType | None = UNSET
+    token_ids: list[int] | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
 class TextCompletion(msgspec.Struct, kw_only=True):
