@@ -132,6 +132,12 @@ class ServerConfig:
         (), "name(s) clients use; default: the value of --model", "server", metavar="NAME"
     )
     chat_template: str | None = setting(None, "Jinja file or text; default: the checkpoint's", "server")
+    pooling: str = setting(
+        "last",
+        "/v1/embeddings: the hidden state of the last token, or the mean of all, where a request is silent",
+        "server",
+        choices=("last", "mean"),
+    )
     max_body_bytes: int = setting(
         16 * 2**20, "largest request body, e.g. 16MiB", "server", parse=parse_size, metavar="SIZE", low=1024
     )

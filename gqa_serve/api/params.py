@@ -15,7 +15,14 @@ import msgspec
 
 from gqa_serve.api.errors import shorten
 from gqa_serve.api.json_guard import RawFields, decode_field
-from gqa_serve.api.protocol import ChatRequest, CompletionRequest, SamplingFields
+from gqa_serve.api.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingRequest,
+    SamplingFields,
+    TokenizeRequest,
+)
 from gqa_serve.engine.request import MAX_LOGPROBS, ModelInfo, SamplingParams, sampling_defaults
 from gqa_serve.errors import RequestError
 
@@ -73,6 +80,12 @@ _REFUSED_CHAT = {
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
 }
+_REFUSED_EMBEDDING: dict[str, tuple[Any, ...]] = {
+    "messages": (),
+    "normalize": (True,),
+    "embed_dtype": ("float32",),
+    "endianness": ("native", "little"),
+}
 _REFUSED_COMPLETION = {**_REFUSED, "top_logprobs": (0,), "reasoning_effort": ()}
 
 logger = logging.getLogger(__name__)
@@ -81,7 +94,7 @@ logger = logging.getLogger(__name__)
 class FieldRules:
     """The fields one endpoint knows, refuses and ignores; remembers which unknown ones it has logged."""
 
-    def __init__(self, type: type[SamplingFields], refused: Mapping[str, tuple[Any, ...]]) -> None:
+    def __init__(self, type: type[msgspec.Struct], refused: Mapping[str, tuple[Any, ...]]) -> None:
         self._fields = frozenset(type.__struct_fields__)
         self._refused = refused
         self._warned: set[str] = set()
@@ -95,6 +108,21 @@ class FieldRules:
     def completion(cls) -> FieldRules:
         """The rules of /v1/completions."""
         return cls(CompletionRequest, _REFUSED_COMPLETION)
+
+    @classmethod
+    def embedding(cls) -> FieldRules:
+        """The rules of /v1/embeddings."""
+        return cls(EmbeddingRequest, _REFUSED_EMBEDDING)
+
+    @classmethod
+    def tokenize(cls) -> FieldRules:
+        """The rules of /tokenize: those of chat."""
+        return cls(TokenizeRequest, _REFUSED_CHAT)
+
+    @classmethod
+    def detokenize(cls) -> FieldRules:
+        """The rules of /detokenize."""
+        return cls(DetokenizeRequest, {})
 
     def covers(self, name: str) -> bool:
         """Whether a field is honoured, a documented no-op or refused, rather than unknown."""
@@ -166,14 +194,16 @@ def choice_count(fields: SamplingFields, num_prompts: int = 1) -> int:
     return n
 
 
-def check_capacity(info: ModelInfo, num_prompts: int, n: int, *, name: str = "n") -> None:
+def check_capacity(
+    info: ModelInfo, num_prompts: int, n: int, *, name: str = "n", prompts: str = "prompt"
+) -> None:
     """Raises RequestError for more choices than the engine takes when it is idle: waiting cannot help."""
     limit = info.max_num_seqs + info.max_waiting
     if num_prompts * n > limit:
-        asked = f"{name}={n}" if num_prompts == 1 else f"{num_prompts} prompts with {name}={n}"
+        asked = f"{name}={n}" if num_prompts == 1 else f"{num_prompts} {prompts}s with {name}={n}"
         raise RequestError(
             f"{asked} is more than the {limit} choices this server can hold at once. Ask for fewer.",
-            param=name if n > 1 else "prompt",
+            param=name if n > 1 else prompts,
         )
 
 

@@ -121,6 +121,35 @@ class CompletionRequest(SamplingFields):
     truncate_prompt_tokens: Int | None = None
 
 
+class EmbeddingRequest(msgspec.Struct, kw_only=True):
+    """Body of POST /v1/embeddings; `pooling` and what follows it are not OpenAI's."""
+
+    input: Prompt
+    model: str | None = None
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Int | None = None
+    pooling: Literal["last", "mean"] | None = None
+    add_special_tokens: bool | None = None
+    truncate_prompt_tokens: Int | None = None
+    priority: Int | None = None
+    cache_salt: str | None = None
+
+
+class TokenizeRequest(ChatRequest, kw_only=True):
+    """Body of POST /tokenize: a prompt, or any chat request, whose `messages` are counted as chat would."""
+
+    messages: list[ChatMessage] = []
+    prompt: str | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(msgspec.Struct, kw_only=True):
+    """Body of POST /detokenize."""
+
+    tokens: list[Int]
+    model: str | None = None
+
+
 # --- answers -----------------------------------------------------------------------------------------------
 
 ApiFinishReason = Literal["stop", "length"]
@@ -267,6 +296,55 @@ class TextCompletion(msgspec.Struct, kw_only=True):
     system_fingerprint: str
     choices: list[TextChoice]
     usage: Usage | UnsetType | None = UNSET
+
+
+class Embedding(msgspec.Struct):
+    """One input's vector: numbers, or base64 of little-endian float32."""
+
+    index: int
+    embedding: list[float] | str
+    object: str = "embedding"
+
+
+class EmbeddingUsage(msgspec.Struct):
+    """Token counts over all inputs."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingList(msgspec.Struct, kw_only=True):
+    """Answer of POST /v1/embeddings."""
+
+    object: str = "list"
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
+
+
+class Tokenized(msgspec.Struct):
+    """Answer of POST /tokenize; `token_strs` are vocabulary entries as they are spelled there."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class Detokenized(msgspec.Struct):
+    """Answer of POST /detokenize."""
+
+    prompt: str
+
+
+class TokenizerInfo(msgspec.Struct, kw_only=True):
+    """Answer of GET /tokenizer_info."""
+
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    unk_token: str | None
+    vocab_size: int
 
 
 class ModelCard(msgspec.Struct, kw_only=True):

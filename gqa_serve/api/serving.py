@@ -33,7 +33,7 @@ from gqa_serve.api.protocol import PromptTokensDetails, SamplingFields, Usage
 from gqa_serve.api.text_stream import Choice, Generation, TextEvent, TokenStream
 from gqa_serve.engine.chat_template import ChatTemplate
 from gqa_serve.engine.detokenizer import TextAssembler
-from gqa_serve.engine.request import EngineRequest, ModelInfo, SamplingParams
+from gqa_serve.engine.request import EngineRequest, ModelInfo, Pooling, SamplingParams
 from gqa_serve.engine.stop_strings import StopStrings
 from gqa_serve.engine.tokenizer import Tokenizer
 from gqa_serve.errors import EngineUnavailableError, NotFoundError, RequestError
@@ -71,6 +71,9 @@ class ServingConfig(Protocol):
 
     @property
     def drain_timeout(self) -> float: ...
+
+    @property
+    def pooling(self) -> str: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +143,7 @@ class Job:
     prompts: Sequence[Sequence[int]]
     params: Sequence[SamplingParams]  # one per prompt
     n: int
+    pooling: Pooling | None = None
 
     @classmethod
     def new(cls, prefix: str, **values: Any) -> Job:
@@ -160,6 +164,7 @@ class Job:
                 priority=self.fields.priority or 0,
                 group=f"{self.id}-{number}" if self.n > 1 else None,
                 cache_salt=self.fields.cache_salt,
+                pooling=self.pooling,
             )
             for number, (prompt, params) in enumerate(zip(self.prompts, silent, strict=True))
             for choice in range(self.n)

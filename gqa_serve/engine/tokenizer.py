@@ -113,6 +113,11 @@ class Tokenizer:
                 code="context_length_exceeded",
             )
 
+    def token(self, token_id: int) -> str:
+        """The vocabulary entry as it is spelled there ("Ġthe"); "" for an id outside the vocabulary."""
+        text: str | None = self._backend.id_to_token(token_id)
+        return text or ""
+
     def added_token_id(self, token: str) -> int | None:
         """The id of the added (control or user-defined) token spelled exactly `token`, or None."""
         return self._added.get(token)
