@@ -12,9 +12,11 @@ from starlette.types import Lifespan
 
 from gqa_serve.api.chat import ChatCompletions
 from gqa_serve.api.completions import Completions
+from gqa_serve.api.embeddings import Embeddings
 from gqa_serve.api.errors import EXCEPTION_HANDLERS
 from gqa_serve.api.serving import ServingConfig, ServingContext, ServingEngine
 from gqa_serve.api.system import System
+from gqa_serve.api.tokenize import Tokenize
 from gqa_serve.engine.chat_template import ChatTemplate
 from gqa_serve.engine.tokenizer import Tokenizer
 
@@ -33,10 +35,17 @@ def create_app(
     context = ServingContext(engine, tokenizer, chat_template, config)
     _ = context.chat_format  # found out, and logged, now
     system = System(context)
+    tokenize = Tokenize(context)
     app = Starlette(
         routes=[
             Route("/v1/chat/completions", ChatCompletions(context).post, methods=["POST"]),
             Route("/v1/completions", Completions(context).post, methods=["POST"]),
+            Route("/v1/embeddings", Embeddings(context).post, methods=["POST"]),
+            Route("/tokenize", tokenize.tokenize, methods=["POST"]),
+            Route("/v1/tokenize", tokenize.tokenize, methods=["POST"]),
+            Route("/detokenize", tokenize.detokenize, methods=["POST"]),
+            Route("/v1/detokenize", tokenize.detokenize, methods=["POST"]),
+            Route("/tokenizer_info", tokenize.info),
             Route("/v1/models", system.models),
             Route("/v1/models/{id:path}", system.model),
             Route("/health", system.health),

@@ -36,7 +36,7 @@ from gqa_serve.api.reasoning import ThinkingCounter
 from gqa_serve.api.text_stream import Choice, Generation, TextEvent, TokenStream
 from gqa_serve.engine.chat_template import ChatTemplate
 from gqa_serve.engine.detokenizer import TextAssembler
-from gqa_serve.engine.request import EngineRequest, ModelInfo, SamplingParams
+from gqa_serve.engine.request import EngineRequest, ModelInfo, Pooling, SamplingParams
 from gqa_serve.engine.stop_strings import StopStrings
 from gqa_serve.engine.tokenizer import Tokenizer
 from gqa_serve.errors import EngineUnavailableError, NotFoundError, RequestError
@@ -80,6 +80,9 @@ class ServingConfig(Protocol):
 
     @property
     def reasoning_parser(self) -> str: ...
+
+    @property
+    def pooling(self) -> str: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,6 +163,7 @@ class Job:
     n: int
     shown_ids: frozenset[int] = frozenset()  # control tokens that are shown, for a parser to see
     new_counter: Callable[[], ThinkingCounter] | None = None  # None: nothing tells thinking from answers
+    pooling: Pooling | None = None
 
     @classmethod
     def new(cls, prefix: str, **values: Any) -> Job:
@@ -180,6 +184,7 @@ class Job:
                 priority=self.fields.priority or 0,
                 group=f"{self.id}-{number}" if self.n > 1 else None,
                 cache_salt=self.fields.cache_salt,
+                pooling=self.pooling,
             )
             for number, (prompt, params) in enumerate(zip(self.prompts, silent, strict=True))
             for choice in range(self.n)
