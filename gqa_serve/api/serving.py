@@ -30,6 +30,7 @@ from gqa_serve import __version__
 from gqa_serve.api.errors import shorten
 from gqa_serve.api.http_protocol import abort_connection
 from gqa_serve.api.protocol import PromptTokensDetails, SamplingFields, Usage
+from gqa_serve.api.request_ids import client_request_id
 from gqa_serve.api.text_stream import Choice, Generation, TextEvent, TokenStream
 from gqa_serve.engine.chat_template import ChatTemplate
 from gqa_serve.engine.detokenizer import TextAssembler
@@ -57,6 +58,9 @@ class ServingEngine(Protocol):
     @property
     def model_info(self) -> ModelInfo | None: ...
 
+    @property
+    def num_requests(self) -> int: ...
+
     def submit(self, request: EngineRequest) -> TokenStream: ...
 
 
@@ -71,6 +75,18 @@ class ServingConfig(Protocol):
 
     @property
     def drain_timeout(self) -> float: ...
+
+    @property
+    def api_key(self) -> Sequence[str]: ...
+
+    @property
+    def api_key_file(self) -> str | None: ...
+
+    @property
+    def cors_origins(self) -> Sequence[str]: ...
+
+    @property
+    def root_path(self) -> str: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,7 +235,8 @@ async def answer(request: Request, context: ServingContext, reply: Reply) -> Res
     stop = reply.job.params[0].stop  # the same for all prompts
     stops = await off_loop(sum(map(len, stop)), lambda: StopStrings(stop))
     generation = submit(context, reply.job, stops)
-    headers = {"x-request-id": reply.job.id}
+    request_id = client_request_id(request.scope) or reply.job.id
+    headers = {"x-request-id": request_id}
     streaming = False
     try:
         if not reply.job.fields.stream:
@@ -232,18 +249,19 @@ async def answer(request: Request, context: ServingContext, reply: Reply) -> Res
         return response
     finally:
         if not streaming:
-            end(reply.job, generation)
+            end(reply.job, generation, request_id)
 
 
-def end(job: Job, generation: Generation) -> None:
+def end(job: Job, generation: Generation, request_id: str) -> None:
     """Abort what is still running, and log the one line each request leaves; never its text."""
     generation.abort()
     usage = job.usage(generation)
     # An answer without a reason was cut off by its client, or by the failure of another choice.
     reasons = Counter(choice.finish_reason or "cancelled" for choice in generation.choices)
     logger.info(
-        "%s %s%s prompt=%d cached=%d output=%d finish=%s %.2fs",
+        "%s%s %s%s prompt=%d cached=%d output=%d finish=%s %.2fs",
         job.id,
+        "" if request_id == job.id else f" ({request_id})",
         job.kind,
         " stream" if job.fields.stream else "",
         usage.prompt_tokens,
@@ -282,6 +300,7 @@ class GenerationResponse(EventSourceResponse):
     ) -> None:
         self._generation = generation
         self._job = reply.job
+        self._request_id = headers.get("x-request-id", reply.job.id)
         super().__init__(
             sse_events(generation, reply),
             headers={"Cache-Control": "no-cache", **headers},
@@ -301,7 +320,9 @@ class GenerationResponse(EventSourceResponse):
             self._generation.abort()
             await abort_connection(scope, receive)
         finally:
-            end(self._job, self._generation)  # the iterator's own finally never runs if it was never started
+            end(
+                self._job, self._generation, self._request_id
+            )  # the iterator's own finally never runs if it was never started
 
 
 async def sse_events(generation: Generation, reply: Reply) -> AsyncIterator[bytes]:

@@ -1,4 +1,4 @@
-"""GET /health, /ready, /version and /v1/models: what the server is and whether it can answer.
+"""GET /health, /ping, /ready, /load, /version and /v1/models: what the server is and whether it can answer.
 
 Owns the meaning of alive and ready. Knows the engine only by its state. Invariant: /health is 200 only while
 the engine can work (also while it finishes its last requests), /ready only while it takes new ones.
@@ -37,6 +37,10 @@ class System:
         if state not in good:
             raise EngineUnavailableError(f"The engine is {state}.")
         return _json({"status": "ok"})
+
+    async def load(self, request: Request) -> Response:
+        """How many choices the engine computes or holds in its queue, as load balancers for vLLM read it."""
+        return _json({"server_load": self._context.engine.num_requests})
 
     async def version(self, request: Request) -> Response:
         """The package's version."""
