@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Lifespan
 from gqa_serve.api.access import with_access
 from gqa_serve.api.chat import ChatCompletions
 from gqa_serve.api.completions import Completions
+from gqa_serve.api.docs import Docs
 from gqa_serve.api.errors import EXCEPTION_HANDLERS
 from gqa_serve.api.request_ids import RequestIds
 from gqa_serve.api.serving import ServingConfig, ServingContext, ServingEngine
@@ -45,6 +46,7 @@ def create_app(
 def routes(context: ServingContext) -> list[Route]:
     """Every route; `openapi.py` describes the same ones."""
     system = System(context)
+    docs = Docs(context)
     return [
         Route("/v1/chat/completions", ChatCompletions(context).post, methods=["POST"]),
         Route("/v1/completions", Completions(context).post, methods=["POST"]),
@@ -55,4 +57,6 @@ def routes(context: ServingContext) -> list[Route]:
         Route("/ready", system.ready),
         Route("/load", system.load),
         Route("/version", system.version),
+        Route("/openapi.json", docs.openapi),
+        Route("/docs", docs.page),
     ]

@@ -80,7 +80,8 @@ class FieldRules:
 
     def __init__(self, type: type[SamplingFields], refused: Mapping[str, tuple[Any, ...]]) -> None:
         self._known = frozenset(type.__struct_fields__) | NO_OPS | {"best_of"}
-        self._refused = refused
+        self.refused = refused  # field -> the values, besides null, that are not refused
+        self.no_ops = NO_OPS
         self._warned: set[str] = set()
 
     @classmethod
@@ -95,12 +96,12 @@ class FieldRules:
 
     def covers(self, name: str) -> bool:
         """Whether a field is honoured, a documented no-op or refused, rather than unknown."""
-        return name in self._known or name in self._refused
+        return name in self._known or name in self.refused
 
     def check(self, raw: RawFields, n: int) -> None:
         """Raises RequestError for a field that promises something this server does not do."""
         for name, value in raw.items():
-            if name in self._refused:
+            if name in self.refused:
                 self._refuse(name, _small_value(name, value))
             elif name == "best_of":
                 best_of = _small_value(name, value)
@@ -110,7 +111,7 @@ class FieldRules:
                 self._warn(name)
 
     def _refuse(self, name: str, value: Any) -> None:
-        harmless = self._refused[name]
+        harmless = self.refused[name]
         if value is None or any(value == other for other in harmless):
             return
         allowed = ", ".join([msgspec.json.encode(other).decode() for other in harmless] + ["null"])

@@ -18,6 +18,24 @@ from gqa_serve.errors import EngineUnavailableError, NotFoundError
 _ALIVE = ("ready", "stopping")
 
 
+class Status(msgspec.Struct):
+    """All is well; anything else is an error."""
+
+    status: str
+
+
+class ServerLoad(msgspec.Struct):
+    """Answer of GET /load."""
+
+    server_load: int
+
+
+class Version(msgspec.Struct):
+    """Answer of GET /version."""
+
+    version: str
+
+
 class System:
     """The endpoints."""
 
@@ -36,15 +54,15 @@ class System:
         state = self._context.engine.state
         if state not in good:
             raise EngineUnavailableError(f"The engine is {state}.")
-        return _json({"status": "ok"})
+        return _json(Status("ok"))
 
     async def load(self, request: Request) -> Response:
         """How many choices the engine computes or holds in its queue, as load balancers for vLLM read it."""
-        return _json({"server_load": self._context.engine.num_requests})
+        return _json(ServerLoad(self._context.engine.num_requests))
 
     async def version(self, request: Request) -> Response:
         """The package's version."""
-        return _json({"version": __version__})
+        return _json(Version(__version__))
 
     async def models(self, request: Request) -> Response:
         """Every name clients may use. Raises EngineUnavailableError while there is none yet.
