@@ -58,7 +58,7 @@ class Operation:
     request: Any = None  # the struct of the body
     rules: FieldRules | None = None  # what becomes of fields that `request` does not have
     stream: Any = None  # the type of each event's data, if the answer may be a stream
-    stream_ends: str = "`data: [DONE]` comes last."
+    done: bool = True  # whether the stream's last event is `data: [DONE]`
     errors: Sequence[int] = ()
     error: Any = ErrorBody
     example: Mapping[str, Any] | None = None  # a body to try, but for `model`
@@ -187,14 +187,7 @@ def _operation(operation: Operation, *, secured: bool, model: str | None) -> dic
     open_to_all = operation.path in OPEN_PATHS
     content: dict[str, Any] = {operation.media_type: {"schema": _schema(operation.response)}}
     if operation.stream is not None:
-        content["text/event-stream"] = {
-            "schema": {
-                "type": "string",
-                "description": f"Server-sent events. {operation.stream_ends}",
-                "contentMediaType": "text/event-stream",
-            },
-            "x-event-data": _schema(operation.stream),
-        }
+        content["text/event-stream"] = {"schema": _event(operation)}
     statuses = [*operation.errors, *([] if open_to_all or not secured else [401])]
     result: dict[str, Any] = {
         "operationId": _operation_id(operation),
@@ -216,6 +209,16 @@ def _operation(operation: Operation, *, secured: bool, model: str | None) -> dic
     if secured:
         result["security"] = [] if open_to_all else [{"bearer": []}, {"x-api-key": []}]
     return result
+
+
+def _event(operation: Operation) -> dict[str, Any]:
+    """One server-sent event; an error takes the place of what could not be computed any more."""
+    schema: dict[str, Any] = {"anyOf": [_schema(operation.stream), _schema(operation.error)]}
+    data: dict[str, Any] = {"type": "string", "contentMediaType": "application/json", "contentSchema": schema}
+    if operation.done:
+        data = {"anyOf": [{"const": "[DONE]"}, data]}
+    properties = {"event": {"type": "string"}, "data": data}
+    return {"type": "object", "required": ["data"], "properties": properties}
 
 
 def _operation_id(operation: Operation) -> str:

@@ -112,7 +112,7 @@ class FieldRules:
 
     def _refuse(self, name: str, value: Any) -> None:
         harmless = self.refused[name]
-        if value is None or any(value == other for other in harmless):
+        if value is None or any(_same(value, other) for other in harmless):
             return
         allowed = ", ".join([msgspec.json.encode(other).decode() for other in harmless] + ["null"])
         raise RequestError(
@@ -126,6 +126,11 @@ class FieldRules:
             return
         self._warned.add(name)
         logger.warning("Ignoring unknown request field %r.", shorten(name))
+
+
+def _same(value: object, other: object) -> bool:
+    """Equal as JSON values, where 0 is not false."""
+    return value == other and isinstance(value, bool) == isinstance(other, bool)
 
 
 def _small_value(name: str, raw: msgspec.Raw) -> object:

@@ -127,7 +127,9 @@ def test_refused_fields_allow_only_what_is_accepted(server: Server, path: str) -
 def test_streams_are_described(description: dict[str, Any]) -> None:
     content = description["paths"][CHAT]["post"]["responses"]["200"]["content"]
     assert set(content) == {"application/json", "text/event-stream"}
-    assert content["text/event-stream"]["x-event-data"] == {"$ref": "#/components/schemas/ChatChunk"}
+    done, data = content["text/event-stream"]["schema"]["properties"]["data"]["anyOf"]
+    assert done == {"const": "[DONE]"}
+    assert {"$ref": "#/components/schemas/ChatChunk"} in data["contentSchema"]["anyOf"]
 
 
 def test_keys_and_prefix_are_described(server: Server, description: dict[str, Any]) -> None:
