@@ -8,7 +8,7 @@ no engine. Invariant: the `SamplingParams` returned here have been validated.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import msgspec
@@ -78,10 +78,15 @@ logger = logging.getLogger(__name__)
 class FieldRules:
     """The fields one endpoint knows, refuses and ignores; remembers which unknown ones it has logged."""
 
-    def __init__(self, type: type[SamplingFields], refused: Mapping[str, tuple[Any, ...]]) -> None:
-        self._known = frozenset(type.__struct_fields__) | NO_OPS | {"best_of"}
+    def __init__(
+        self,
+        type: type[msgspec.Struct],
+        refused: Mapping[str, tuple[Any, ...]],
+        no_ops: Iterable[str] = NO_OPS,
+    ) -> None:
+        self.fields = frozenset(type.__struct_fields__)
         self.refused = refused  # field -> the values, besides null, that are not refused
-        self.no_ops = NO_OPS
+        self.no_ops = frozenset(no_ops)
         self._warned: set[str] = set()
 
     @classmethod
@@ -96,7 +101,7 @@ class FieldRules:
 
     def covers(self, name: str) -> bool:
         """Whether a field is honoured, a documented no-op or refused, rather than unknown."""
-        return name in self._known or name in self.refused
+        return name in self.fields or name in self.no_ops or name in self.refused or name == "best_of"
 
     def check(self, raw: RawFields, n: int) -> None:
         """Raises RequestError for a field that promises something this server does not do."""
@@ -107,7 +112,7 @@ class FieldRules:
                 best_of = _small_value(name, value)
                 if best_of is not None and best_of != n:
                     raise RequestError("best_of must equal n: this server ranks no choices.", param=name)
-            elif name not in self._known:
+            elif not self.covers(name):
                 self._warn(name)
 
     def _refuse(self, name: str, value: Any) -> None:
