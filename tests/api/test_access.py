@@ -12,7 +12,7 @@ import httpx2
 import openai
 import pytest
 from fake_engine import MODEL, FakeEngine, Script, Server, fake_tokenizer, serving, wait_until
-from test_api_raw import CHAT, HI, chat, get, post, send
+from test_api_raw import CHAT, HI, Reply, chat, get, post, send
 
 from gqa_serve.api import access
 from gqa_serve.api.access import load_keys
@@ -81,6 +81,15 @@ def test_what_is_no_key(guarded: Server, headers: tuple[str, ...]) -> None:
     assert reply.error["type"] == "invalid_request_error"
     assert reply.headers["www-authenticate"] == "Bearer"
     assert reply.headers["x-request-id"]
+
+
+def test_a_connection_lives_on_after_a_refused_key(guarded: Server) -> None:
+    with guarded.connect() as connection, connection.makefile("rb") as stream:
+        for _ in range(2):
+            connection.sendall(post(CHAT, b"x" * 200_000))  # which nobody reads
+            assert Reply(stream).status == 401
+            connection.sendall(post(CHAT, json.dumps(HI).encode(), "x-api-key: sk-one"))
+            assert Reply(stream).status == 200
 
 
 def test_anthropics_clients_read_the_error_in_their_shape(guarded: Server) -> None:

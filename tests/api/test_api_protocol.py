@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import threading
 import time
 from typing import Any
 
+import openai
 import pytest
 from fake_engine import FakeEngine, Script, Server, wait_until
 from test_api_raw import CHAT, HI, TEXT, Reply, get, post, send
+
+from gqa_serve.chat import HttpSource
 
 STREAM = json.dumps({**HI, "stream": True}).encode()
 WHOLE = json.dumps(HI).encode()
@@ -209,6 +214,27 @@ def test_errors_are_small_whatever_was_sent(server: Server) -> None:
         if reply.status != 200:  # an unknown field is ignored
             assert reply.status < 500
             assert reply.error["message"]
+
+
+def test_clients_read_over_keep_alive_comments(
+    server: Server, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gqa_serve.api.serving.FIRST_TOKEN_PATIENCE_S", 0.01)
+    monkeypatch.setattr("gqa_serve.api.serving.PING_INTERVAL_S", 0.01)
+    engine.script = lambda request: Script(["Hel", "lo"], hold_at=1)
+    threading.Timer(0.2, lambda: engine.release.set()).start()
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0) as client:
+        chunks = list(client.chat.completions.create(**HI, stream=True))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "Hello"
+    engine.script = lambda request: Script(["Hel", "lo"], hold_at=1)
+    engine.release.clear()
+    threading.Timer(0.2, lambda: engine.release.set()).start()
+    source = HttpSource(server.url, {})
+    with contextlib.closing(source):
+        assert "".join(source.stream([{"role": "user", "content": "Hi"}])) == "Hello"
+    engine.release.clear()
+    threading.Timer(0.2, lambda: engine.release.set()).start()
+    assert send(server, post(CHAT, STREAM)).body.count(b": keep-alive\n\n") > 2
 
 
 # --- probes ------------------------------------------------------------------------------------------------

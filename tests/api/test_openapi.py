@@ -174,12 +174,23 @@ def test_the_policy_allows_the_pages_own_script_and_style_only(server: Server) -
     assert policy["frame-ancestors"] == "'none'"
 
 
-def test_the_script_is_javascript(tmp_path: Path) -> None:
+def test_the_page_draws_every_route(tmp_path: Path, description: dict[str, Any]) -> None:
     node = shutil.which("node")
     if node is None:
         pytest.skip("node is not installed")
-    page = (Path(gqa_serve.__file__).parent / "api" / "web" / "docs.html").read_text(encoding="utf-8")
-    (script,) = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
-    file = tmp_path / "docs.js"
-    file.write_text(script)
-    subprocess.run([node, "--check", str(file)], check=True, capture_output=True)
+    page = Path(gqa_serve.__file__).parent / "api" / "web" / "docs.html"
+    file = tmp_path / "openapi.json"
+    file.write_text(json.dumps(description))
+    command = [node, str(Path(__file__).with_name("stub_dom.js")), str(page), str(file)]
+    result = json.loads(subprocess.run(command, check=True, capture_output=True, timeout=60).stdout)
+    assert result["asked"] == ["openapi.json"]
+    assert result["title"] == f"gqa-serve {gqa_serve.__version__}"
+    operations = [one for methods in description["paths"].values() for one in methods.values()]
+    assert set(result["texts"]) == {one["operationId"] for one in operations}
+    chat_text = result["texts"]["post_v1_chat_completions"]
+    assert f"curl http://host/llm{CHAT} " in chat_text
+    assert f'-d \'{{"model":"{MODEL}"' in chat_text
+    for name in ("top_logprobs", "finish_reason", "cached_tokens", "Too Many Requests", "text/event-stream"):
+        assert name in chat_text
+    assert "post_v1_chat_completions" in result["found"]
+    assert "get_health" not in result["found"]
