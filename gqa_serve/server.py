@@ -34,6 +34,9 @@ from gqa_serve.progress import ProgressBar
 
 logger = logging.getLogger(__name__)
 
+# Longer than proxies and clients keep an idle connection (60 s at most, as a rule): if it is the server that
+# closes it, a request that was just sent is lost.
+_KEEP_ALIVE_S = 75
 _LAST_WORDS_S = 3  # after the drain timeout, for the errors of what did not finish to reach their clients
 
 
@@ -130,6 +133,7 @@ async def _serve(
         log_config=None,
         access_log=False,
         server_header=False,
+        timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=math.ceil(config.drain_timeout) + _LAST_WORDS_S,
     )
     server = _Server(options, engine)

@@ -17,7 +17,6 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from gqa_serve.api.access import load_keys
 from gqa_serve.api.openapi import document, operations
 from gqa_serve.api.serving import ServingContext
 
@@ -30,7 +29,7 @@ class Docs:
     def __init__(self, context: ServingContext) -> None:
         self._context = context
         self._operations = operations()
-        self._secured = bool(load_keys(context.config))
+        self._secured = bool(context.config.api_key or context.config.api_key_file)
 
     async def openapi(self, request: Request) -> Response:
         """The description of every route."""

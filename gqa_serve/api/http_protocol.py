@@ -1,15 +1,16 @@
 """`HttpProtocol`: uvicorn's HTTP/1.1 connection, with what an application cannot do for itself.
 
-Owns the answer to bytes that are no HTTP request (JSON, like every other error); streams to HTTP/1.0 clients,
-which know no chunks; offers to upgrade the protocol, which are declined; that every pipelined request learns
-when its client leaves; and the way for a response to drop its connection at once: closing waits until the
-client has read what was written, which a client that stopped reading never does. Knows no routes. Pass it as
-`uvicorn.Config(http=HttpProtocol)`. Invariant: under any other server `abort_connection` does nothing and
-says so.
+Owns the answer to bytes that are no HTTP request (JSON, like every other error) and to heads without an end;
+streams to HTTP/1.0 clients, which know no chunks; offers to upgrade the protocol, which are declined; that
+every pipelined request learns when its client leaves; and the way for a response to drop its connection at
+once: closing waits until the client has read what was written, which a client that stopped reading never does.
+Knows no routes. Pass it as `uvicorn.Config(http=HttpProtocol)`. Invariant: under any other server
+`abort_connection` does nothing and says so.
 """
 
 from __future__ import annotations
 
+import http
 import uuid
 from typing import Any
 
@@ -20,6 +21,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from gqa_serve.api.errors import error_json
 from gqa_serve.errors import RequestError
 
+MAX_HEAD_BYTES = 64 * 1024  # of a request's first line and headers; the parser itself has no limit
 ABORT_EXTENSION = "gqa_serve.abort"  # in the ASGI scope's extensions
 _UPGRADE_HEADERS = (b"connection", b"upgrade", b"http2-settings")
 
@@ -30,6 +32,8 @@ class HttpProtocol(HttpToolsProtocol):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._cycles: list[RequestResponseCycle] = []  # whose responses are not complete, pipelined ones too
+        self._in_head = False
+        self._head_bytes = 0
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The client left: everything it asked for learns of it, not only the last request of a pipeline."""
@@ -42,10 +46,12 @@ class HttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """A request begins: its scope learns how to abort the connection."""
         super().on_message_begin()
+        self._in_head = True
         self.scope["extensions"] = {ABORT_EXTENSION: {"abort": self.transport.abort}}
 
     def on_headers_complete(self) -> None:
         """The application starts, unless the request must be read again without its offer to upgrade."""
+        self._in_head = False
         if self._offers_upgrade():
             return
         super().on_headers_complete()
@@ -94,13 +100,23 @@ class HttpProtocol(HttpToolsProtocol):
             self.data_received(b"".join(head) + b"\r\n" + rest)
         except httptools.HttpParserError:
             self.send_400_response("Invalid HTTP request received.")
+        else:
+            self._head_bytes = self._head_bytes + len(data) if self._in_head else 0
+            if self._head_bytes > MAX_HEAD_BYTES:
+                error = RequestError(
+                    f"The head is larger than {MAX_HEAD_BYTES} bytes.", code="head_too_large"
+                )
+                self._refuse(error, http.HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
 
     def send_400_response(self, msg: str) -> None:
         """The answer to malformed HTTP; nothing after it can be understood, so the connection closes."""
+        self._refuse(RequestError(f"{msg} Send HTTP/1.1.", code="invalid_http"), http.HTTPStatus.BAD_REQUEST)
+
+    def _refuse(self, error: RequestError, status: http.HTTPStatus) -> None:
         if self.cycle is None or self.cycle.response_complete:
-            body = error_json(RequestError(f"{msg} Send HTTP/1.1.", code="invalid_http"))
+            body = error_json(error)
             head = (
-                "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n"
+                f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: application/json\r\n"
                 f"x-request-id: req-{uuid.uuid4().hex}\r\n"
                 f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
             )

@@ -27,6 +27,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from gqa_serve import __version__
+from gqa_serve.api.access import AccessConfig
 from gqa_serve.api.errors import shorten
 from gqa_serve.api.http_protocol import abort_connection
 from gqa_serve.api.protocol import PromptTokensDetails, SamplingFields, Usage
@@ -64,7 +65,7 @@ class ServingEngine(Protocol):
     def submit(self, request: EngineRequest) -> TokenStream: ...
 
 
-class ServingConfig(Protocol):
+class ServingConfig(AccessConfig, Protocol):
     """What the API needs of `ServerConfig`."""
 
     @property
@@ -75,18 +76,6 @@ class ServingConfig(Protocol):
 
     @property
     def drain_timeout(self) -> float: ...
-
-    @property
-    def api_key(self) -> Sequence[str]: ...
-
-    @property
-    def api_key_file(self) -> str | None: ...
-
-    @property
-    def cors_origins(self) -> Sequence[str]: ...
-
-    @property
-    def root_path(self) -> str: ...
 
 
 @dataclasses.dataclass(frozen=True)

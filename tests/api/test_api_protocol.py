@@ -196,6 +196,28 @@ def test_a_client_that_leaves_in_the_head(server: Server, part: int) -> None:
     assert send(server, get("/health")).status == 200
 
 
+def test_a_head_without_an_end_is_cut(server: Server) -> None:
+    """Where a whole one of that size arrives at once it is too late to refuse it, and nothing is kept of it."""
+    for start in (
+        b"GET /health HTTP/1.1\r\nX: ",
+        b"GET /" + b"x" * 50_000,
+        b"GET /health HTTP/1.1\r\nHost: t",
+    ):
+        with server.connect() as connection, connection.makefile("rb") as stream:
+            connection.sendall(start)
+            with contextlib.suppress(ConnectionError):
+                for _ in range(100):
+                    connection.sendall(b"\r\nx: y" * 1000 if start.endswith(b"t") else b"x" * 5000)
+                    time.sleep(0.001)
+            reply = Reply(stream)
+            assert (reply.status, reply.error["code"]) == (431, "head_too_large")
+            assert reply.headers["connection"] == "close"
+    assert (
+        send(server, get("/health").replace(b"\r\n\r\n", b"\r\nx: " + b"y" * 8000 + b"\r\n\r\n")).status
+        == 200
+    )
+
+
 def test_errors_are_small_whatever_was_sent(server: Server) -> None:
     long = "x" * 100_000
     requests: list[tuple[str, Any]] = [
