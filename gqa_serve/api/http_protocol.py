@@ -3,7 +3,7 @@
 Owns the answer to bytes that are no HTTP request (JSON, like every other error) and to heads without an end;
 streams to HTTP/1.0 clients, which know no chunks; offers to upgrade the protocol, which are declined; that
 every pipelined request learns when its client leaves; and the way for a response to drop its connection at
-once: closing waits until the client has read what was written, which a client that stopped reading never does.
+once: closing waits until the client has read what was written, which one that stopped reading never does.
 Knows no routes. Pass it as `uvicorn.Config(http=HttpProtocol)`. Invariant: under any other server
 `abort_connection` does nothing and says so.
 """
@@ -103,10 +103,10 @@ class HttpProtocol(HttpToolsProtocol):
         else:
             self._head_bytes = self._head_bytes + len(data) if self._in_head else 0
             if self._head_bytes > MAX_HEAD_BYTES:
-                error = RequestError(
+                large = RequestError(
                     f"The head is larger than {MAX_HEAD_BYTES} bytes.", code="head_too_large"
                 )
-                self._refuse(error, http.HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+                self._refuse(large, http.HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
 
     def send_400_response(self, msg: str) -> None:
         """The answer to malformed HTTP; nothing after it can be understood, so the connection closes."""

@@ -197,7 +197,7 @@ def test_a_client_that_leaves_in_the_head(server: Server, part: int) -> None:
 
 
 def test_a_head_without_an_end_is_cut(server: Server) -> None:
-    """Where a whole one of that size arrives at once it is too late to refuse it, and nothing is kept of it."""
+    """One that has ended is answered, whatever its size: nothing is kept of it."""
     for start in (
         b"GET /health HTTP/1.1\r\nX: ",
         b"GET /" + b"x" * 50_000,
