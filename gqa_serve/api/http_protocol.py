@@ -32,8 +32,7 @@ class HttpProtocol(HttpToolsProtocol):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._cycles: list[RequestResponseCycle] = []  # whose responses are not complete, pipelined ones too
-        self._in_head = False
-        self._head_bytes = 0
+        self._head_bytes: int | None = None  # since the read in which the head began; None outside of heads
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The client left: everything it asked for learns of it, not only the last request of a pipeline."""
@@ -46,12 +45,12 @@ class HttpProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """A request begins: its scope learns how to abort the connection."""
         super().on_message_begin()
-        self._in_head = True
+        self._head_bytes = 0
         self.scope["extensions"] = {ABORT_EXTENSION: {"abort": self.transport.abort}}
 
     def on_headers_complete(self) -> None:
         """The application starts, unless the request must be read again without its offer to upgrade."""
-        self._in_head = False
+        self._head_bytes = None
         if self._offers_upgrade():
             return
         super().on_headers_complete()
@@ -86,6 +85,8 @@ class HttpProtocol(HttpToolsProtocol):
         HTTP/1.1, so a new parser reads the request without the offer, then its body.
         """
         self._unset_keepalive_if_required()
+        known = self._head_bytes
+        self._head_bytes = None if known is None else known + len(data)  # unless the head ends or one begins
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as error:
@@ -101,8 +102,7 @@ class HttpProtocol(HttpToolsProtocol):
         except httptools.HttpParserError:
             self.send_400_response("Invalid HTTP request received.")
         else:
-            self._head_bytes = self._head_bytes + len(data) if self._in_head else 0
-            if self._head_bytes > MAX_HEAD_BYTES:
+            if self._head_bytes is not None and self._head_bytes > MAX_HEAD_BYTES:
                 large = RequestError(
                     f"The head is larger than {MAX_HEAD_BYTES} bytes.", code="head_too_large"
                 )

@@ -218,6 +218,15 @@ def test_a_head_without_an_end_is_cut(server: Server) -> None:
     )
 
 
+def test_bodies_are_not_taken_for_heads(server: Server) -> None:
+    large = post(CHAT, json.dumps({**HI, "user": "x" * 200_000}).encode())
+    with server.connect() as connection, connection.makefile("rb") as stream:
+        connection.sendall((large + large + get("/health"))[:-10])
+        time.sleep(0.05)
+        connection.sendall(get("/health")[-10:])
+        assert [Reply(stream).status for _ in range(3)] == [200, 200, 200]
+
+
 def test_errors_are_small_whatever_was_sent(server: Server) -> None:
     long = "x" * 100_000
     requests: list[tuple[str, Any]] = [
