@@ -160,7 +160,7 @@ class _Schemas:
         ]
         types = list(dict.fromkeys(found))
         schemas, self.components = msgspec.json.schema_components(types, ref_template=_REF)
-        self._schemas = dict(zip(types, schemas, strict=True))
+        self._schemas: dict[Any, dict[str, Any]] = dict(zip(types, schemas, strict=True))
         for operation in table:
             if operation.rules is not None:
                 name = self.of(operation.request)["$ref"].rpartition("/")[2]
