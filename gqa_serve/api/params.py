@@ -8,7 +8,7 @@ no engine. Invariant: the `SamplingParams` returned here have been validated.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import msgspec
@@ -62,7 +62,6 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
 }
 _REFUSED_CHAT = {
     **{name: values for name, values in _REFUSED.items() if name != "documents"},
-    "best_of": (1,),
     "suffix": ("",),
     "truncate_prompt_tokens": (),
     "return_tokens_as_token_ids": (False,),
@@ -87,9 +86,15 @@ logger = logging.getLogger(__name__)
 class FieldRules:
     """The fields one endpoint knows, refuses and ignores; remembers which unknown ones it has logged."""
 
-    def __init__(self, type: type[msgspec.Struct], refused: Mapping[str, tuple[Any, ...]]) -> None:
-        self._fields = frozenset(type.__struct_fields__)
-        self._refused = refused
+    def __init__(
+        self,
+        type: type[msgspec.Struct],
+        refused: Mapping[str, tuple[Any, ...]],
+        no_ops: Iterable[str] = NO_OPS,
+    ) -> None:
+        self.fields = frozenset(type.__struct_fields__)
+        self.refused = refused  # field -> the values, besides null, that are not refused
+        self.no_ops = frozenset(no_ops)
         self._warned: set[str] = set()
 
     @classmethod
@@ -119,14 +124,14 @@ class FieldRules:
 
     def covers(self, name: str) -> bool:
         """Whether a field is honoured, a documented no-op or refused, rather than unknown."""
-        return name in self._fields or name in NO_OPS or name in self._refused or name == "best_of"
+        return name in self.fields or name in self.no_ops or name in self.refused or name == "best_of"
 
     def check(self, raw: RawFields, n: int) -> None:
         """Raises RequestError for a field that promises something this server does not do."""
         for name, value in raw.items():
-            if name in self._refused:
+            if name in self.refused:
                 self._refuse(name, _small_value(name, value))
-            elif name == "best_of" and name not in self._fields:
+            elif name == "best_of" and name not in self.fields:
                 best_of = _small_value(name, value)
                 if best_of is not None and best_of != n:
                     raise RequestError(
@@ -138,8 +143,8 @@ class FieldRules:
                 self._warn(name)
 
     def _refuse(self, name: str, value: Any) -> None:
-        harmless = self._refused[name]
-        if value is None or any(value == other for other in harmless):
+        harmless = self.refused[name]
+        if value is None or any(_same(value, other) for other in harmless):
             return
         cure = _CURES.get(name, "leave it out")
         allowed = ", ".join([msgspec.json.encode(other).decode() for other in harmless] + ["null"])
@@ -154,6 +159,11 @@ class FieldRules:
             return
         self._warned.add(name)
         logger.warning("Ignoring unknown request field %r.", shorten(name))
+
+
+def _same(value: object, other: object) -> bool:
+    """Equal as JSON values, where 0 is not false."""
+    return value == other and isinstance(value, bool) == isinstance(other, bool)
 
 
 def _small_value(name: str, raw: msgspec.Raw) -> object:

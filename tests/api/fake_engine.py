@@ -162,6 +162,10 @@ class FakeEngine:
     def num_running(self) -> int:
         return sum(stream.end is None for stream in self.streams)
 
+    @property
+    def num_requests(self) -> int:
+        return self.num_running
+
     def ends(self) -> list[str | None]:
         return [stream.end for stream in self.streams]
 
