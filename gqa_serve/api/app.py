@@ -13,6 +13,7 @@ from starlette.types import Lifespan
 from gqa_serve.api.chat import ChatCompletions
 from gqa_serve.api.completions import Completions
 from gqa_serve.api.errors import EXCEPTION_HANDLERS
+from gqa_serve.api.responses import Responses
 from gqa_serve.api.serving import ServingConfig, ServingContext, ServingEngine
 from gqa_serve.api.system import System
 from gqa_serve.engine.chat_template import ChatTemplate
@@ -32,10 +33,15 @@ def create_app(
     """The application. It may serve before the engine is ready: requests then get a 503."""
     context = ServingContext(engine, tokenizer, chat_template, config)
     system = System(context)
+    responses = Responses(context)
     app = Starlette(
         routes=[
             Route("/v1/chat/completions", ChatCompletions(context).post, methods=["POST"]),
             Route("/v1/completions", Completions(context).post, methods=["POST"]),
+            Route("/v1/responses", responses.post, methods=["POST"]),
+            Route("/v1/responses/{id}", responses.get, methods=["GET"]),
+            Route("/v1/responses/{id}", responses.delete, methods=["DELETE"]),
+            Route("/v1/responses/{id}/input_items", responses.input_items, methods=["GET"]),
             Route("/v1/models", system.models),
             Route("/v1/models/{id:path}", system.model),
             Route("/health", system.health),

@@ -78,7 +78,7 @@ logger = logging.getLogger(__name__)
 class FieldRules:
     """The fields one endpoint knows, refuses and ignores; remembers which unknown ones it has logged."""
 
-    def __init__(self, type: type[SamplingFields], refused: Mapping[str, tuple[Any, ...]]) -> None:
+    def __init__(self, type: type[msgspec.Struct], refused: Mapping[str, tuple[Any, ...]]) -> None:
         self._known = frozenset(type.__struct_fields__) | NO_OPS | {"best_of"}
         self._refused = refused
         self._warned: set[str] = set()

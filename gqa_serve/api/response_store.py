@@ -94,9 +94,7 @@ class ResponseStore:
     def items(self) -> dict[str, Item]:
         """Every item of every response that can be looked up, by id."""
         return {
-            item.id: item
-            for response in self._index.values()
-            for item in [*response.input, *response.output]
+            item.id: item for response in self._index.values() for item in [*response.input, *response.output]
         }
 
     def missing_item(self, id: str, param: str) -> RequestError:

@@ -1,9 +1,9 @@
 """The JSON of the Responses API as msgspec structs: requests, items, the response object.
 
-Owns field names, types and null rules of `/v1/responses`. An item as a client sends it (`InputItem`) is loose,
-because clients leave out ids, types and statuses; an item as this server keeps and shows it (`Item`) is
-complete. Knows no prompt and no engine. Invariant: what is answered here validates against the types of the
-`openai` package.
+Owns field names, types and null rules of `/v1/responses`. An item as a client sends it (`InputItem`) is
+loose, because clients leave out ids, types and statuses; an item as this server keeps and shows it (`Item`)
+is complete. Knows no prompt and no engine. Invariant: what is answered here validates against the types of
+the `openai` package.
 """
 
 from __future__ import annotations

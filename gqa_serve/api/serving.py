@@ -72,6 +72,9 @@ class ServingConfig(Protocol):
     @property
     def drain_timeout(self) -> float: ...
 
+    @property
+    def max_stored_responses(self) -> int: ...
+
 
 @dataclasses.dataclass(frozen=True)
 class ServingContext:
