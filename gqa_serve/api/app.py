@@ -10,6 +10,7 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 from starlette.types import Lifespan
 
+from gqa_serve.api.anthropic import AnthropicMessages
 from gqa_serve.api.chat import ChatCompletions
 from gqa_serve.api.completions import Completions
 from gqa_serve.api.errors import EXCEPTION_HANDLERS
@@ -34,6 +35,7 @@ def create_app(
     context = ServingContext(engine, tokenizer, chat_template, config)
     system = System(context)
     responses = Responses(context)
+    messages = AnthropicMessages(context)
     app = Starlette(
         routes=[
             Route("/v1/chat/completions", ChatCompletions(context).post, methods=["POST"]),
@@ -42,6 +44,8 @@ def create_app(
             Route("/v1/responses/{id}", responses.get, methods=["GET"]),
             Route("/v1/responses/{id}", responses.delete, methods=["DELETE"]),
             Route("/v1/responses/{id}/input_items", responses.input_items, methods=["GET"]),
+            Route("/v1/messages", messages.post, methods=["POST"]),
+            Route("/v1/messages/count_tokens", messages.count, methods=["POST"]),
             Route("/v1/models", system.models),
             Route("/v1/models/{id:path}", system.model),
             Route("/health", system.health),

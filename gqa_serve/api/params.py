@@ -8,7 +8,7 @@ no engine. Invariant: the `SamplingParams` returned here have been validated.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import msgspec
@@ -78,8 +78,13 @@ logger = logging.getLogger(__name__)
 class FieldRules:
     """The fields one endpoint knows, refuses and ignores; remembers which unknown ones it has logged."""
 
-    def __init__(self, type: type[msgspec.Struct], refused: Mapping[str, tuple[Any, ...]]) -> None:
-        self._known = frozenset(type.__struct_fields__) | NO_OPS | {"best_of"}
+    def __init__(
+        self,
+        type: type[msgspec.Struct],
+        refused: Mapping[str, tuple[Any, ...]],
+        no_ops: Iterable[str] = NO_OPS,
+    ) -> None:
+        self._known = frozenset(type.__struct_fields__) | frozenset(no_ops) | {"best_of"}
         self._refused = refused
         self._warned: set[str] = set()
 
