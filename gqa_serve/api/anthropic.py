@@ -21,7 +21,7 @@ from gqa_serve.api.chat_request import ChatJob, prepare_chat
 from gqa_serve.api.json_guard import RawFields, read_request
 from gqa_serve.api.responses_protocol import new_id
 from gqa_serve.api.serving import ServingContext, answer, off_loop
-from gqa_serve.errors import RequestError
+from gqa_serve.errors import ContextLengthError, RequestError
 
 _LARGE_FIELDS = ("messages", "system", "tools")
 
@@ -81,8 +81,11 @@ class AnthropicMessages:
         fields, raw = await read_request(request, context.config.max_body_bytes, CountRequest)
         context.check_model(fields.model)
         self._count_rules.check(raw, 1)
-        chat = await self._prepare(fields, raw)
-        count = TokenCount(len(chat.job.prompts[0]))
+        try:
+            chat = await self._prepare(fields, raw)
+            count = TokenCount(len(chat.job.prompts[0]))
+        except ContextLengthError as error:  # to know this is what the client counts for
+            count = TokenCount(error.num_prompt_tokens)
         return Response(msgspec.json.encode(count), media_type="application/json")
 
     async def _prepare(self, fields: CountRequest, raw: RawFields) -> ChatJob:

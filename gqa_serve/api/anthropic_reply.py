@@ -57,10 +57,14 @@ def error_body(error: Exception, request_id: str | None) -> bytes:
         detail = ErrorDetail("api_error", "The server failed while answering; its log says why.")
     else:
         message = error.message
-        if error.param is not None and error.param not in message:
+        if isinstance(error, ContextLengthError):  # agents read this sentence, and make the prompt shorter
+            message = (
+                f"prompt is too long: {error.num_prompt_tokens} tokens > {error.max_model_len - 1} maximum"
+            )
+        elif error.code == "context_length_exceeded":
+            message = f"prompt is too long: {message}"
+        elif error.param is not None and error.param not in message:
             message = f"{error.param}: {message}"
-        if isinstance(error, ContextLengthError) or error.code == "context_length_exceeded":
-            message = f"prompt is too long: {message}"  # agents look for these words, and make it shorter
         default = "invalid_request_error" if error.status < 500 else "api_error"
         detail = ErrorDetail(_ERROR_TYPES.get(error.status, default), shorten(message, MAX_MESSAGE_CHARS))
     return _encode(ErrorBody(detail, request_id))

@@ -7,7 +7,6 @@ change.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -22,25 +21,22 @@ class ClientNames:
 
     @contextmanager
     def translating(self) -> Iterator[None]:
-        """Raises a RequestError of its body again, in the client's words."""
+        """A RequestError raised inside goes on in the client's words."""
         try:
             yield
         except RequestError as error:
-            raise self.translated(error) from error
+            self.translate(error)
+            raise
 
-    def translated(self, error: RequestError) -> RequestError:
-        """The same error with the client's `param`."""
+    def translate(self, error: RequestError) -> None:
+        """Give the error the client's `param`."""
         param = error.param
         if param is None:
-            return error
+            return
         prefix = max((name for name in self._names if _leads_to(name, param)), key=len, default=None)
-        if prefix is None:
-            return error
-        translated = copy.copy(error)
-        translated.param = self._names[prefix] + param[len(prefix) :]
-        translated.message = error.message.replace(param, translated.param)
-        translated.args = (translated.message,)
-        return translated
+        if prefix is not None:
+            error.param = self._names[prefix] + param[len(prefix) :]
+            error.message = error.message.replace(param, error.param)
 
 
 def _leads_to(prefix: str, path: str) -> bool:
