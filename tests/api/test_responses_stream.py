@@ -1,4 +1,4 @@
-"""Streams of POST /v1/responses: each event against the `openai` package's types, and the package's helper."""
+"""Streams of POST /v1/responses: each event against the `openai` package, and the package's own helper."""
 
 from __future__ import annotations
 
