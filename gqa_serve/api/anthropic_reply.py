@@ -34,6 +34,7 @@ from gqa_serve.api.message_parts import (
     merge_parts,
 )
 from gqa_serve.api.protocol import Usage
+from gqa_serve.api.reasoning import thinking_tokens
 from gqa_serve.api.text_stream import TextEvent
 from gqa_serve.engine.tokenizer import Tokenizer
 from gqa_serve.errors import ContextLengthError, RequestError
@@ -229,14 +230,13 @@ class MessagesReply:
 
     def _usage(self, usage: Usage) -> MessageUsage:
         cached = usage.prompt_tokens_details.cached_tokens
-        thinking = self._blocks.thinking
-        num_thinking = len(self._tokenizer.encode(thinking, add_special_tokens=False)) if thinking else 0
+        num_thinking = thinking_tokens(usage, self._blocks.thinking, self._tokenizer)
         return MessageUsage(
             input_tokens=usage.prompt_tokens - cached,
             cache_creation_input_tokens=0,
             cache_read_input_tokens=cached,
             output_tokens=usage.completion_tokens,
-            output_tokens_details=OutputTokensDetails(min(num_thinking, usage.completion_tokens)),
+            output_tokens_details=OutputTokensDetails(num_thinking),
         )
 
 

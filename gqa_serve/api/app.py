@@ -33,6 +33,7 @@ def create_app(
 ) -> Starlette:
     """The application. It may serve before the engine is ready: requests then get a 503."""
     context = ServingContext(engine, tokenizer, chat_template, config)
+    _ = context.chat_format  # found out, and logged, now
     system = System(context)
     responses = Responses(context)
     messages = AnthropicMessages(context)

@@ -25,16 +25,14 @@ MAX_HARMLESS_BYTES = 256  # of a refused field's JSON: none of the harmless valu
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, for /v1/completions only
 
 # Accepted because they ask for nothing this server could do otherwise: it stores nothing, has one service
-# tier, caches by content, and makes no tool calls.
+# tier and caches by content.
 NO_OPS = frozenset(
-    {"user", "metadata", "store", "service_tier", "safety_identifier", "parallel_tool_calls"}
+    {"user", "metadata", "store", "service_tier", "safety_identifier"}
     | {"prompt_cache_key", "prompt_cache_retention", "prompt_cache_options"}
 )
 
 # Field -> the values (besides null) that describe what happens anyway.
 _REFUSED: dict[str, tuple[Any, ...]] = {
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
@@ -69,8 +67,15 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "logits_processors": ([],),
     "documents": ([],),
 }
-_REFUSED_CHAT = {**_REFUSED, "echo": (False,), "best_of": (1,)}
+_REFUSED_CHAT = {**_REFUSED, "best_of": (1,)}
+_REFUSED_CHAT.pop("documents")
 _REFUSED_COMPLETION = {**_REFUSED, "top_logprobs": (0,), "reasoning_effort": ()}
+_REFUSED_COMPLETION |= {"tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False)}
+
+_CURES = {
+    "functions": "send tools, which replaced it",
+    "function_call": "send tool_choice, which replaced it",
+}
 
 logger = logging.getLogger(__name__)
 
@@ -118,9 +123,10 @@ class FieldRules:
         harmless = self._refused[name]
         if value is None or any(value == other for other in harmless):
             return
+        cure = _CURES.get(name, "leave it out")
         allowed = ", ".join([msgspec.json.encode(other).decode() for other in harmless] + ["null"])
         raise RequestError(
-            f"{name} is not supported by this server; leave it out (or send {allowed}).",
+            f"{name} is not supported by this server; {cure} (or send {allowed}).",
             param=name,
             code="unsupported_parameter",
         )

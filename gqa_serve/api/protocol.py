@@ -174,6 +174,12 @@ class PromptTokensDetails(msgspec.Struct):
     cached_tokens: int
 
 
+class CompletionTokensDetails(msgspec.Struct):
+    """How much of the output was thinking."""
+
+    reasoning_tokens: int
+
+
 class Usage(msgspec.Struct):
     """Token counts over all prompts and choices of a request."""
 
@@ -181,6 +187,7 @@ class Usage(msgspec.Struct):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | UnsetType = UNSET
 
 
 class TopLogprob(msgspec.Struct):
