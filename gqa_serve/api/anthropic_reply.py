@@ -64,7 +64,7 @@ def error_body(error: Exception, request_id: str | None) -> bytes:
             )
         elif error.code == "context_length_exceeded":
             message = f"prompt is too long: {message}"
-        elif error.param is not None and error.param not in message:
+        elif error.param is not None and not message.startswith(error.param):
             message = f"{error.param}: {message}"
         default = "invalid_request_error" if error.status < 500 else "api_error"
         detail = ErrorDetail(_ERROR_TYPES.get(error.status, default), shorten(message, MAX_MESSAGE_CHARS))

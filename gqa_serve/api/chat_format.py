@@ -36,6 +36,8 @@ _TOOLS = [
     }
 ]
 
+_HEADER_CHARS = 12  # enough to tell "assistant" from a marker of calls
+
 logger = logging.getLogger(__name__)
 
 
@@ -61,7 +63,7 @@ def find_format(template: ChatTemplate, *, tool_call_parser: str, reasoning_pars
     """The format of a template; the arguments are the server's settings of these names."""
     rendered, needs_short_ids = _render_calls(template, _TOOLS)
     is_native = rendered is not None and all(word in rendered for word in (_ABOUT, _RESULT, "qzvalue"))
-    found = _recognise(rendered) if rendered is not None and is_native else None
+    found = _recognise(rendered, template) if rendered is not None and is_native else None
     syntax: ToolSyntax | None = found or HERMES
     if tool_call_parser == "none":
         syntax = None
@@ -112,14 +114,26 @@ def _render_calls(template: ChatTemplate, tools: list[dict[str, Any]] | None) ->
     return None, False
 
 
-def _recognise(rendered: str) -> ToolSyntax | None:
+def _recognise(rendered: str, template: ChatTemplate) -> ToolSyntax | None:
     """The family whose parser finds the call in what the template wrote."""
     for syntax in (HERMES, MISTRAL):
         if _reads_call(syntax, rendered):
             listed = re.search(r"\[TOOL_CALLS\]\s*\[", rendered)
             return syntax if syntax is HERMES or listed else MISTRAL_ARGS
-    starts = re.finditer(r'\{\s*"(?:name|type)"', rendered)
-    return LLAMA3 if any(_reads_call(LLAMA3, rendered[start.start() :]) for start in starts) else None
+    header = _header(template)
+    for start in re.finditer(r'\{\s*"(?:name|type)"', rendered):
+        before = rendered[: start.start()].rstrip().removesuffix(LLAMA3.tag).rstrip()
+        # The object is the whole message: it comes where an answer would begin.
+        if before.endswith(header) and _reads_call(LLAMA3, rendered[start.start() :]):
+            return LLAMA3
+    return None
+
+
+def _header(template: ChatTemplate) -> str:
+    """The end of what the template writes before an answer."""
+    messages = [{"role": "user", "content": _ASKED}, {"role": "assistant", "content": _ANSWERED}]
+    before, found, _ = (_render(template, messages, add_generation_prompt=False) or "").partition(_ANSWERED)
+    return before.rstrip()[-_HEADER_CHARS:] if found else _ANSWERED
 
 
 def _reads_call(syntax: ToolSyntax, text: str) -> bool:
