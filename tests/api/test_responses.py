@@ -370,6 +370,23 @@ def test_truncation_drops_the_oldest_turns(client: openai.OpenAI, engine: FakeEn
         ({"tools": [{"type": "function"}]}, "tools[0].name"),
         ({"tools": [TOOL], "tool_choice": {"type": "web_search_preview"}}, "tool_choice"),
         ({"tools": [TOOL], "tool_choice": {"type": "function"}}, "tool_choice.name"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function", "name": "x"}}, "tool_choice.name"),
+        (
+            {
+                "tools": [TOOL],
+                "tool_choice": {
+                    "type": "allowed_tools",
+                    "mode": "auto",
+                    "tools": [{"type": "function", "name": "weather"}, {"type": "function", "name": "x"}],
+                },
+            },
+            "tool_choice.tools[1].name",
+        ),
+        ({"tools": [{"type": "web_search"}], "tool_choice": "required"}, "tool_choice"),
+        (
+            {"tools": [{"type": "web_search"}, {**TOOL, "parameters": {"type": "array"}}]},
+            "tools[1].parameters.type",
+        ),
         ({"temperature": 3}, "temperature"),
         ({"store": "yes"}, "store"),
     ],
