@@ -19,6 +19,7 @@ from gqa_serve.api.message_parts import MessageParser, PlainParser
 from gqa_serve.api.params import check_capacity, choice_count, sampling_params
 from gqa_serve.api.protocol import ChatMessage, ChatRequest, ContentPart, ToolCall
 from gqa_serve.api.serving import Job, ServingContext, fingerprint, off_loop
+from gqa_serve.api.structured_fields import structured_grammar
 from gqa_serve.api.thinking import Thinking, find_thinking
 from gqa_serve.api.tool_choice import ToolPlan, read_tools
 from gqa_serve.api.tool_grammar import answer_grammar
@@ -89,6 +90,7 @@ async def prepare_chat(
             raise RequestError(f"{limit} must be at least 1.", param=limit)
     info = context.ready_info()
     check_capacity(info, 1, n)
+    text_grammar = await structured_grammar(fields, context.tokenizer)
     params = sampling_params(
         fields,
         info.generation_config,
@@ -96,13 +98,14 @@ async def prepare_chat(
         logprobs=num_logprobs,
         prompt_logprobs=None,
         vocab_size=info.vocab_size,
+        grammar=text_grammar,
     )
     prompt = await _encode(context, fields, messages, plan, size, info.max_model_len)
     thinking = find_thinking(context, messages, prompt, bool(fields.continue_final_message))
-    if grammar := await answer_grammar(context, plan, thinking, None):
-        params = msgspec.structs.replace(params, grammar=grammar)
-    if plan is not None and plan.must_call:
-        params = msgspec.structs.replace(params, stop=[])  # they end texts, and there is none
+    grammar = await answer_grammar(context, plan, thinking, text_grammar)
+    # Stop strings end texts; a call that must come is none.
+    stop = [] if plan is not None and plan.must_call else params.stop
+    params = msgspec.structs.replace(params, grammar=grammar, stop=stop)
     job = Job.new(
         prefix,
         kind=kind,

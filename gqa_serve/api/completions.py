@@ -32,6 +32,7 @@ from gqa_serve.api.protocol import (
     Usage,
 )
 from gqa_serve.api.serving import Job, ServingContext, answer, fingerprint, off_loop
+from gqa_serve.api.structured_fields import structured_grammar
 from gqa_serve.api.text_stream import TextEvent
 from gqa_serve.engine.request import ModelInfo
 from gqa_serve.engine.tokenizer import Tokenizer
@@ -73,6 +74,7 @@ class Completions:
             logprobs=fields.logprobs,
             prompt_logprobs=fields.logprobs if scores_prompt else None,
             vocab_size=info.vocab_size,
+            grammar=await structured_grammar(fields, context.tokenizer),
         )
         add_special = fields.add_special_tokens is not False
         prompts = await _encode_all(items, context.tokenizer, info, add_special)

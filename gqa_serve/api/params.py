@@ -35,7 +35,6 @@ NO_OPS = frozenset(
 _REFUSED: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
@@ -44,17 +43,9 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "moderation": (),
     "suffix": ("",),
     "chat_template": (),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_decoding_backend": (),
+    "guided_decoding_backend": ("auto", "guidance"),
     "guided_whitespace_pattern": (),
-    "json_schema": (),
-    "regex": (),
-    "ebnf": (),
-    "grammar": (),
+    "structural_tag": (),
     "prompt_logprobs": (),
     "prompt_embeds": (),
     "use_beam_search": (False,),
@@ -175,6 +166,7 @@ def sampling_params(
     logprobs: int | None,
     prompt_logprobs: int | None,
     vocab_size: int,
+    grammar: str | None = None,
 ) -> SamplingParams:
     """What `fields` ask for, the checkpoint's defaults where they are silent. Raises RequestError.
 
@@ -190,7 +182,7 @@ def sampling_params(
     values = sampling_defaults(generation_config)
     for name in SamplingParams.__struct_fields__:
         value = getattr(fields, name, None)
-        if value is not None and name not in ("n", "logprobs", "max_tokens"):
+        if value is not None and name not in ("n", "logprobs", "max_tokens", "grammar"):
             values[name] = value
     if values.get("top_k") == -1:  # "off" as vLLM and transformers' users spell it
         values["top_k"] = 0
@@ -203,7 +195,7 @@ def sampling_params(
             f"logprobs must be between 0 and {MAX_LOGPROBS}, got {logprobs}.", param="logprobs"
         )
     values["max_tokens"] = default_max_tokens if max_tokens is None else max_tokens
-    params = SamplingParams(**values, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
+    params = SamplingParams(**values, logprobs=logprobs, prompt_logprobs=prompt_logprobs, grammar=grammar)
     params.validate(vocab_size)
     return params
 
