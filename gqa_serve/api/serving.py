@@ -89,6 +89,9 @@ class ServingConfig(AccessConfig, Protocol):
     @property
     def pooling(self) -> str: ...
 
+    @property
+    def max_stored_responses(self) -> int: ...
+
 
 @dataclasses.dataclass(frozen=True)
 class ServingContext:
