@@ -11,6 +11,7 @@ from starlette.routing import Route
 from starlette.types import Lifespan
 
 from gqa_serve.api.chat import ChatCompletions
+from gqa_serve.api.chat_format import find_format
 from gqa_serve.api.completions import Completions
 from gqa_serve.api.errors import EXCEPTION_HANDLERS
 from gqa_serve.api.serving import ServingConfig, ServingContext, ServingEngine
@@ -30,8 +31,12 @@ def create_app(
     lifespan: Lifespan[Starlette] | None = None,
 ) -> Starlette:
     """The application. It may serve before the engine is ready: requests then get a 503."""
-    context = ServingContext(engine, tokenizer, chat_template, config)
-    _ = context.chat_format  # found out, and logged, now
+    chat_format = find_format(
+        chat_template,
+        tool_call_parser=config.tool_call_parser,
+        reasoning_parser=config.reasoning_parser,
+    )
+    context = ServingContext(engine, tokenizer, chat_template, config, chat_format=chat_format)
     system = System(context)
     app = Starlette(
         routes=[

@@ -59,7 +59,8 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "documents": ([],),
 }
 _REFUSED_CHAT = {**_REFUSED, "best_of": (1,)}
-_REFUSED_CHAT.pop("documents")
+for _name in ("documents", "prompt_logprobs", "return_token_ids"):
+    _REFUSED_CHAT.pop(_name)
 _REFUSED_COMPLETION = {**_REFUSED, "top_logprobs": (0,), "reasoning_effort": ()}
 _REFUSED_COMPLETION |= {"tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False)}
 
@@ -177,7 +178,7 @@ def sampling_params(
     values = sampling_defaults(generation_config)
     for name in SamplingParams.__struct_fields__:
         value = getattr(fields, name, None)
-        if value is not None and name not in ("n", "logprobs", "max_tokens", "grammar"):
+        if value is not None and name not in ("n", "logprobs", "prompt_logprobs", "max_tokens", "grammar"):
             values[name] = value
     if values.get("top_k") == -1:  # "off" as vLLM and transformers' users spell it
         values["top_k"] = 0

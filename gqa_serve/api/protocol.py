@@ -288,6 +288,7 @@ class ChatChoice(msgspec.Struct):
     message: AssistantMessage
     logprobs: ChatLogprobs | None
     finish_reason: ApiFinishReason | None
+    token_ids: list[int] | UnsetType = UNSET  # beyond OpenAI's, in vLLM's form
 
 
 class ChatCompletion(msgspec.Struct, kw_only=True):
@@ -300,6 +301,8 @@ class ChatCompletion(msgspec.Struct, kw_only=True):
     choices: list[ChatChoice]
     usage: Usage
     system_fingerprint: str
+    prompt_token_ids: list[int] | UnsetType = UNSET
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] | UnsetType = UNSET
 
 
 class DeltaFunction(msgspec.Struct):
@@ -334,6 +337,7 @@ class ChatChunkChoice(msgspec.Struct):
     delta: Delta
     logprobs: ChatLogprobs | None = None
     finish_reason: ApiFinishReason | None = None
+    token_ids: list[int] | UnsetType = UNSET
 
 
 class ChatChunk(msgspec.Struct, kw_only=True):
@@ -346,6 +350,19 @@ class ChatChunk(msgspec.Struct, kw_only=True):
     system_fingerprint: str
     choices: list[ChatChunkChoice]
     usage: Usage | UnsetType | None = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
+
+
+class PromptLogprob(msgspec.Struct):
+    """What `prompt_logprobs` tells of one token at one place of a prompt, in vLLM's form."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
+"""One entry per prompt token, by token id; null for the first, which nothing precedes."""
 
 
 class LegacyLogprobs(msgspec.Struct):
