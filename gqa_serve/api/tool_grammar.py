@@ -28,7 +28,8 @@ async def answer_grammar(
     if grammar is None or thinking is None:
         return grammar
     grammar = thinking.before(grammar)
-    await anyio.to_thread.run_sync(_check, context, grammar)
+    param = "tools" if plan is not None else "response_format"
+    await anyio.to_thread.run_sync(lambda: check_grammar(grammar, context.tokenizer, param=param))
     return grammar
 
 
@@ -41,9 +42,5 @@ def _tool_grammar(context: ServingContext, plan: ToolPlan, text_grammar: str | N
             schema = json_schema_grammar(plan.schema(function))
         check_grammar(schema, context.tokenizer, param=param)
     grammar = syntax.grammar(plan, context.tokenizer, text_grammar)
-    _check(context, grammar)
-    return grammar
-
-
-def _check(context: ServingContext, grammar: str) -> None:
     check_grammar(grammar, context.tokenizer, param="tools")
+    return grammar
