@@ -11,7 +11,17 @@ import openai
 import pydantic
 import pytest
 import tool_templates
-from fake_engine import IM_END, MODEL, FakeEngine, Script, Server, fake_info, fake_tokenizer, serving
+from fake_engine import (
+    IM_END,
+    MODEL,
+    VOCAB_SIZE,
+    FakeEngine,
+    Script,
+    Server,
+    fake_info,
+    fake_tokenizer,
+    serving,
+)
 from openai.types.chat import ChatCompletionChunk
 
 USER = [{"role": "user", "content": "Hi"}]
@@ -446,3 +456,43 @@ def test_token_ids_and_prompt_logprobs(qwen: tuple[FakeEngine, openai.OpenAI]) -
     assert chunks[0].prompt_token_ids == prompt
     ids = [id for chunk in chunks for id in getattr(chunk.choices[0], "token_ids", None) or []]
     assert ids == [*CALL.encode(), IM_END]
+
+
+def test_markers_that_are_control_tokens_are_seen_but_not_told() -> None:
+    specials = ("[TOOL_CALLS]", "[ARGS]", "<other>")
+    with chatting(tool_templates.MISTRAL_ARGS, specials=specials) as (engine, client, _):
+        calls, args, other = VOCAB_SIZE, VOCAB_SIZE + 1, VOCAB_SIZE + 2
+        pieces: list[str | bytes | list[int]] = [
+            "So: ", [other], [calls], "get_weather", [args], '{"city": ', [other], '"Paris"}',
+        ]  # fmt: skip
+        engine.script = lambda request: Script(pieces)
+        for stream in (False, True):
+            if stream:
+                with client.chat.completions.stream(
+                    model=MODEL, messages=USER, tools=[WEATHER], logprobs=True
+                ) as events:
+                    choice: Any = events.get_final_completion().choices[0]
+            else:
+                choice = client.chat.completions.create(
+                    model=MODEL, messages=USER, tools=[WEATHER], logprobs=True
+                ).choices[0]
+            assert choice.message.content == "So:"
+            (call,) = choice.message.tool_calls
+            assert call.function.arguments == '{"city": "Paris"}'
+            assert len(choice.logprobs.content) == sum(map(len, pieces))
+        # A request without tools is shown no marker.
+        (plain,) = client.chat.completions.create(model=MODEL, messages=USER).choices
+        assert plain.message.content == 'So: get_weather{"city": "Paris"}'
+
+
+def test_the_tokens_of_thinking_are_counted() -> None:
+    with chatting(tool_templates.QWEN3, specials=("<think>", "</think>")) as (engine, client, _):
+        opening, closing = VOCAB_SIZE, VOCAB_SIZE + 1
+        engine.script = lambda request: Script(["\n", [opening], "Hm", [closing], "\nYes"])
+        answer: Any = client.chat.completions.create(model=MODEL, messages=USER)
+        message = answer.choices[0].message
+        assert (message.reasoning_content, message.content) == ("Hm", "Yes")
+        assert answer.usage.completion_tokens_details.reasoning_tokens == 4
+        engine.script = lambda request: Script(["Yes", [closing], "!"])
+        answer = client.chat.completions.create(model=MODEL, messages=USER)
+        assert answer.usage.completion_tokens_details.reasoning_tokens == 0
