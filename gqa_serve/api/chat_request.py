@@ -179,35 +179,35 @@ async def _encode(
 ) -> list[int]:
     """The rendered conversation as token ids; control tokens in it are the template's."""
     options = template_options(fields, context.chat_template)
-    messages, tools = _with_tools(context, messages, plan)
     final = bool(fields.continue_final_message)
     if final and messages[-1]["role"] != "assistant":
         raise RequestError("continue_final_message needs an assistant message at the end.", param="messages")
     add_prompt = not final if fields.add_generation_prompt is None else fields.add_generation_prompt
 
-    def encode(options: dict[str, Any]) -> list[int]:
+    def encode(turns: list[dict[str, Any]], options: dict[str, Any]) -> list[int]:
         return encode_chat(
             context.tokenizer,
             context.chat_template,
-            messages,
+            turns,
             add_special_tokens=bool(fields.add_special_tokens),
             max_model_len=max_model_len,
             add_generation_prompt=add_prompt,
             continue_final_message=final,
-            tools=tools,
             documents=fields.documents,
             **options,
         )
 
     def render_and_encode() -> list[int]:
         context.tokenizer.check_length(_content_chars(messages), max_model_len, param="messages")
+        turns, tools = _with_tools(context, messages, plan)
+        all_options = {**options, "tools": tools}
         try:
-            return encode(options)
+            return encode(turns, all_options)
         except RequestError as error:
             kwargs = fields.chat_template_kwargs
             if kwargs and error.code is None:
                 # If this fails too, it is the messages' fault.
-                encode({name: value for name, value in options.items() if name not in kwargs})
+                encode(turns, {name: value for name, value in all_options.items() if name not in kwargs})
                 raise RequestError(
                     f"These chat_template_kwargs cannot be used: {error.message}",
                     param="chat_template_kwargs",
