@@ -49,6 +49,7 @@ class ChatFormat:
     `keeps_calls`: it shows the calls and results of a conversation whose request has no tools. Where it does
     not, messages say it in words (`tool_prompt.py`). `needs_short_ids`: it takes ids of 9 letters and digits
     only. `takes_system`: it has a system message. `reasons`: answers may begin with thinking.
+    `takes_many_calls`: one message may hold several.
     """
 
     syntax: ToolSyntax | None
@@ -57,6 +58,7 @@ class ChatFormat:
     needs_short_ids: bool
     takes_system: bool
     reasons: bool
+    takes_many_calls: bool = True
 
 
 TEXT_ONLY = ChatFormat(
@@ -68,6 +70,7 @@ TEXT_ONLY = ChatFormat(
 def find_format(template: ChatTemplate, *, tool_call_parser: str, reasoning_parser: str) -> ChatFormat:
     """The format of a template; the arguments are the server's settings of these names."""
     rendered, needs_short_ids = _render_calls(template, _TOOLS)
+    several, _ = _render_calls(template, _TOOLS, number=2)
     is_native = rendered is not None and all(word in rendered for word in (_ABOUT, _RESULT, "qzvalue"))
     found = _recognise(rendered, template) if rendered is not None and is_native else None
     syntax: ToolSyntax | None = found or HERMES
@@ -85,6 +88,7 @@ def find_format(template: ChatTemplate, *, tool_call_parser: str, reasoning_pars
         needs_short_ids=needs_short_ids or short_bare,
         takes_system=_takes_system(template),
         reasons=reasoning_parser == "think" or (reasoning_parser == "auto" and _reasons(template)),
+        takes_many_calls=not is_native or (several is not None and several.count("qzvalue") > 1),
     )
     logger.info(
         "Tool calls: %s; thinking: %s.",
@@ -104,14 +108,16 @@ def _render(template: ChatTemplate, messages: Sequence[dict[str, Any]], **option
         return None
 
 
-def _render_calls(template: ChatTemplate, tools: list[dict[str, Any]] | None) -> tuple[str | None, bool]:
-    """A conversation with a call and its result, and whether only a short id of the call is taken."""
+def _render_calls(
+    template: ChatTemplate, tools: list[dict[str, Any]] | None, number: int = 1
+) -> tuple[str | None, bool]:
+    """A conversation with calls and a result, and whether only a short id of the call is taken."""
     for call_id in (_LONG_ID, _SHORT_ID):
         function = {"name": _NAME, "arguments": json.dumps(_ARGUMENTS)}
         call = {"id": call_id, "type": "function", "function": function}
         messages: list[dict[str, Any]] = [
             {"role": "user", "content": _ASKED},
-            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "assistant", "content": "", "tool_calls": [call] * number},
             {"role": "tool", "content": _RESULT, "tool_call_id": call_id, "name": _NAME},
         ]
         rendered = _render(template, messages, tools=tools)

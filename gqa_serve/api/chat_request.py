@@ -27,6 +27,7 @@ from gqa_serve.api.tool_prompt import (
     describe_tools,
     new_call_id,
     new_short_id,
+    one_call_each,
     with_description,
     with_short_ids,
     without_tool_turns,
@@ -229,8 +230,9 @@ def _with_tools(
     in_words = not (format.keeps_calls if plan is None else format.is_native)
     if in_words and any(message["role"] == "tool" or "tool_calls" in message for message in messages):
         messages = without_tool_turns(messages, syntax)
-    elif format.needs_short_ids:
-        messages = with_short_ids(messages)
+    elif not in_words:
+        messages = with_short_ids(messages) if format.needs_short_ids else messages
+        messages = messages if format.takes_many_calls else one_call_each(messages)
     if plan is None:
         return messages, None
     tools = plan.described()

@@ -267,6 +267,17 @@ def test_thinking(qwen: tuple[FakeEngine, openai.OpenAI]) -> None:
     assert prompt_of(engine, 2).endswith("<think>\n\n</think>\n\n")
 
 
+def test_thinking_that_is_continued(qwen: tuple[FakeEngine, openai.OpenAI]) -> None:
+    engine, client = qwen
+    says(engine, " see.</think>Yes.")
+    messages: Any = [*USER, {"role": "assistant", "content": "<think>Let me"}]
+    extra: Any = {"continue_final_message": True}
+    message: Any = (
+        client.chat.completions.create(model=MODEL, messages=messages, extra_body=extra).choices[0].message
+    )
+    assert (message.reasoning_content, message.content) == ("see.", "Yes.")
+
+
 def test_thinking_before_a_call_that_must_come(qwen: tuple[FakeEngine, openai.OpenAI]) -> None:
     engine, client = qwen
     says(engine, "<think>Hm</think>" + CALL)
@@ -344,6 +355,25 @@ def test_llama3_calls() -> None:
         assert choice.finish_reason == "tool_calls"
         (choice,) = client.chat.completions.create(model=MODEL, messages=USER).choices
         assert choice.message.content == '{"name": "get_weather", "parameters": {"city": "Paris"}}'
+
+
+def test_several_calls_go_back_to_a_template_that_takes_one_at_a_time() -> None:
+    with chatting(tool_templates.LLAMA3) as (engine, client, _):
+        says(engine, "; ".join(['{"name": "get_weather", "parameters": {"city": "Paris"}}'] * 2))
+        message = (
+            client.chat.completions.create(model=MODEL, messages=USER, tools=[WEATHER]).choices[0].message
+        )
+        first, second = message.tool_calls or []
+        messages: Any = [
+            *USER,
+            message.to_dict(),
+            {"role": "tool", "tool_call_id": first.id, "content": "Sunny."},
+            {"role": "tool", "tool_call_id": second.id, "content": "Still sunny."},
+        ]
+        client.chat.completions.create(model=MODEL, messages=messages, tools=[WEATHER])
+        prompt = prompt_of(engine, 1)
+        assert prompt.count('{"name": "get_weather", "parameters": {"city": "Paris"}}') == 2
+        assert prompt.index("Sunny.") < prompt.rindex('"parameters"') < prompt.index("Still sunny.")
 
 
 def test_a_server_without_tools_says_so() -> None:
