@@ -70,7 +70,6 @@ TEXT_ONLY = ChatFormat(
 def find_format(template: ChatTemplate, *, tool_call_parser: str, reasoning_parser: str) -> ChatFormat:
     """The format of a template; the arguments are the server's settings of these names."""
     rendered, needs_short_ids = _render_calls(template, _TOOLS)
-    several, _ = _render_calls(template, _TOOLS, number=2)
     is_native = rendered is not None and all(word in rendered for word in (_ABOUT, _RESULT, "qzvalue"))
     found = _recognise(rendered, template) if rendered is not None and is_native else None
     syntax: ToolSyntax | None = found or HERMES
@@ -81,14 +80,16 @@ def find_format(template: ChatTemplate, *, tool_call_parser: str, reasoning_pars
     elif found is None:
         is_native = False  # calls in a spelling that nobody here can read
     bare, short_bare = _render_calls(template, None)
+    keeps_calls = bare is not None and _RESULT in bare and "qzvalue" in bare
+    tools = ([_TOOLS] if is_native else []) + ([None] if keeps_calls else [])
     format = ChatFormat(
         syntax=syntax,
         is_native=is_native,
-        keeps_calls=bare is not None and _RESULT in bare and "qzvalue" in bare,
+        keeps_calls=keeps_calls,
         needs_short_ids=needs_short_ids or short_bare,
         takes_system=_takes_system(template),
         reasons=reasoning_parser == "think" or (reasoning_parser == "auto" and _reasons(template)),
-        takes_many_calls=not is_native or (several is not None and several.count("qzvalue") > 1),
+        takes_many_calls=all(_shows_two_calls(template, given) for given in tools),
     )
     logger.info(
         "Tool calls: %s; thinking: %s.",
@@ -124,6 +125,11 @@ def _render_calls(
         if rendered is not None:
             return rendered, call_id == _SHORT_ID
     return None, False
+
+
+def _shows_two_calls(template: ChatTemplate, tools: list[dict[str, Any]] | None) -> bool:
+    rendered, _ = _render_calls(template, tools, number=2)
+    return rendered is not None and rendered.count("qzvalue") > 1
 
 
 def _recognise(rendered: str, template: ChatTemplate) -> ToolSyntax | None:
