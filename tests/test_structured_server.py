@@ -58,7 +58,7 @@ def test_usage_counts_forced_tokens_and_logprobs_cover_each(client: openai.OpenA
     assert slow.usage is not None
     assert fast.usage is not None
     assert slow.usage.completion_tokens == len(slow.choices[0].logprobs.tokens or [])
-    assert fast.usage.completion_tokens >= 8
+    assert fast.usage.completion_tokens >= 6
 
 
 def test_many_at_once_beside_others(client: openai.OpenAI) -> None:
