@@ -16,6 +16,7 @@ _ARGUMENTS = ("arguments", "parameters")
 _SCALAR = frozenset("0123456789+-.eEtrufalsn")
 _INSIDE = _SCALAR | frozenset(BLANKS + ",:")
 _PLAIN = re.compile(r'[^"\\]+')
+_BETWEEN = re.compile(r"[0-9+\-.eEtrufalsn \t\r\n,:]+")  # what `_INSIDE` holds
 
 
 class NotACallError(ValueError):
@@ -26,32 +27,39 @@ class JsonValue:
     """The extent of one JSON value: follows strings and brackets, and checks little else."""
 
     def __init__(self) -> None:
-        self.text = ""
         self.done = False
+        self.has_begun = False
         self.in_string = False
         self._escaped = False
         self._depth = 0
+        self._pieces: list[str] = []
+
+    @property
+    def text(self) -> str:
+        """What was taken."""
+        return "".join(self._pieces)
 
     def takes(self, char: str) -> bool:
         """Whether `char` belongs to the value; if not, the value (a number or word) ended before it.
 
-        Inside a string, `char` may be a run without quotes and backslashes. Raises NotACallError.
+        `char` may be a run of characters that `run` found. Raises NotACallError.
         """
         if self.in_string:
             self._string(char)
-        elif char == '"' and (self._depth or not self.text):
+        elif char == '"' and (self._depth or not self.has_begun):
             self.in_string = True
-        elif char in "{[" and (self._depth or not self.text):
+        elif char in "{[" and (self._depth or not self.has_begun):
             self._depth += 1
         elif char in "}]" and self._depth:
             self._depth -= 1
             self.done = self._depth == 0
-        elif not self._depth and self.text and char in ",}]" + BLANKS:
+        elif not self._depth and self.has_begun and char in ",}]" + BLANKS:
             self.done = True
             return False
-        elif char not in (_INSIDE if self._depth else _SCALAR):
+        elif not (_INSIDE if self._depth else _SCALAR).issuperset(char):
             raise NotACallError
-        self.text += char
+        self.has_begun = True
+        self._pieces.append(char)
         return True
 
     def _string(self, char: str) -> None:
@@ -65,9 +73,12 @@ class JsonValue:
 
     def run(self, text: str, start: int) -> int:
         """The end of what can be taken at once from `text[start:]`; at least one character."""
-        if self.in_string and not self._escaped and (match := _PLAIN.match(text, start)):
-            return match.end()
-        return start + 1
+        match = None
+        if self.in_string and not self._escaped:
+            match = _PLAIN.match(text, start)
+        elif self._depth and not self.in_string:
+            match = _BETWEEN.match(text, start)
+        return match.end() if match else start + 1
 
 
 class CallObject:
@@ -132,7 +143,7 @@ class CallObject:
         return ""
 
     def _in_value(self, char: str) -> str:
-        if not self._value.text:
+        if not self._value.has_begun:
             if char in BLANKS:
                 return ""
             first = self._key in _ARGUMENTS and self._arguments is None and not self.begun

@@ -27,6 +27,7 @@ from gqa_serve.api.tool_prompt import (
     describe_tools,
     new_call_id,
     new_short_id,
+    one_call_each,
     with_description,
     with_short_ids,
     without_tool_turns,
@@ -49,7 +50,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 class ChatJob:
     """A job whose answers are messages: how to take their text apart, and how many logprobs to show.
 
-    `names_tool`: the request named the function to call. `echo` is text that comes before the answer's.
+    `echo` is text that comes before the answer's. `shows_ids`: the answer tells its and the prompt's tokens.
     """
 
     job: Job
@@ -57,6 +58,8 @@ class ChatJob:
     num_logprobs: int | None
     tools: ToolPlan | None = None
     echo: str = ""
+    num_prompt_logprobs: int | None = None
+    shows_ids: bool = False
 
     @property
     def names_tool(self) -> bool:
@@ -73,16 +76,8 @@ async def prepare_chat(
     """
     model = context.check_model(fields.model)
     n = choice_count(fields)
-    # Many small messages must count as well as a few large ones.
-    size += MESSAGE_COST_CHARS * (len(fields.messages) + len(fields.tools or []))
-    messages = await off_loop(size, lambda: checked_messages(fields.messages))
-    plan = read_tools(fields)
-    if plan is not None and context.chat_format.syntax is None:
-        raise RequestError(
-            "This server was started with --tool-call-parser none, so it makes no tool calls; "
-            'leave tools out or send tool_choice "none".',
-            param="tools",
-        )
+    conversation = await _read(context, fields, size)
+    messages, plan = conversation.messages, conversation.plan
     echo = _echo(fields, messages)
     num_logprobs = _num_logprobs(fields)
     for limit in ("max_tokens", "max_completion_tokens"):
@@ -96,11 +91,11 @@ async def prepare_chat(
         info.generation_config,
         default_max_tokens=None,
         logprobs=num_logprobs,
-        prompt_logprobs=None,
+        prompt_logprobs=_num_prompt_logprobs(fields),
         vocab_size=info.vocab_size,
         grammar=text_grammar,
     )
-    prompt = await _encode(context, fields, messages, plan, size, info.max_model_len)
+    prompt = await _encode(context, fields, conversation, info.max_model_len)
     thinking = find_thinking(context, messages, prompt, bool(fields.continue_final_message))
     grammar = await answer_grammar(context, plan, thinking, text_grammar)
     # Stop strings end texts; a call that must come is none.
@@ -116,9 +111,48 @@ async def prepare_chat(
         params=[params.fit(len(prompt), info.max_model_len, param="messages")],
         n=n,
         shown_ids=_shown_ids(context, plan, thinking),
+        end_ids=tuple(id for id in context.end_of_turn_ids if id < info.vocab_size),
         new_counter=thinking and thinking.new_counter,
     )
-    return ChatJob(job, _parsers(context, plan, thinking), num_logprobs, plan, echo)
+    return ChatJob(
+        job,
+        _parsers(context, plan, thinking),
+        num_logprobs,
+        tools=plan,
+        echo=echo,
+        num_prompt_logprobs=fields.prompt_logprobs,
+        shows_ids=bool(fields.return_token_ids),
+    )
+
+
+async def encode_request(
+    context: ServingContext, fields: ChatRequest, size: int, max_model_len: int
+) -> list[int]:
+    """The prompt of a chat request as token ids, for who only counts them. Raises RequestError."""
+    return await _encode(context, fields, await _read(context, fields, size), max_model_len)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Conversation:
+    """Messages and tools of a request, checked; `size` says what it costs to work on them, in characters."""
+
+    messages: list[dict[str, Any]]
+    plan: ToolPlan | None
+    size: int
+
+
+async def _read(context: ServingContext, fields: ChatRequest, size: int) -> _Conversation:
+    # Many small messages must count as well as a few large ones.
+    size += MESSAGE_COST_CHARS * (len(fields.messages) + len(fields.tools or []))
+    messages = await off_loop(size, lambda: checked_messages(fields.messages))
+    plan = read_tools(fields)
+    if plan is not None and context.chat_format.syntax is None:
+        raise RequestError(
+            "This server was started with --tool-call-parser none, so it makes no tool calls; "
+            'leave tools out or send tool_choice "none".',
+            param="tools",
+        )
+    return _Conversation(messages, plan, size)
 
 
 def _echo(fields: ChatRequest, messages: list[dict[str, Any]]) -> str:
@@ -160,44 +194,40 @@ def _parsers(
 
 
 async def _encode(
-    context: ServingContext,
-    fields: ChatRequest,
-    messages: list[dict[str, Any]],
-    plan: ToolPlan | None,
-    size: int,
-    max_model_len: int,
+    context: ServingContext, fields: ChatRequest, conversation: _Conversation, max_model_len: int
 ) -> list[int]:
     """The rendered conversation as token ids; control tokens in it are the template's."""
+    messages, plan, size = conversation.messages, conversation.plan, conversation.size
     options = template_options(fields, context.chat_template)
-    messages, tools = _with_tools(context, messages, plan)
     final = bool(fields.continue_final_message)
     if final and messages[-1]["role"] != "assistant":
         raise RequestError("continue_final_message needs an assistant message at the end.", param="messages")
     add_prompt = not final if fields.add_generation_prompt is None else fields.add_generation_prompt
 
-    def encode(options: dict[str, Any]) -> list[int]:
+    def encode(turns: list[dict[str, Any]], options: dict[str, Any]) -> list[int]:
         return encode_chat(
             context.tokenizer,
             context.chat_template,
-            messages,
+            turns,
             add_special_tokens=bool(fields.add_special_tokens),
             max_model_len=max_model_len,
             add_generation_prompt=add_prompt,
             continue_final_message=final,
-            tools=tools,
             documents=fields.documents,
             **options,
         )
 
     def render_and_encode() -> list[int]:
         context.tokenizer.check_length(_content_chars(messages), max_model_len, param="messages")
+        turns, tools = _with_tools(context, messages, plan)
+        all_options = {**options, "tools": tools}
         try:
-            return encode(options)
+            return encode(turns, all_options)
         except RequestError as error:
             kwargs = fields.chat_template_kwargs
             if kwargs and error.code is None:
                 # If this fails too, it is the messages' fault.
-                encode({name: value for name, value in options.items() if name not in kwargs})
+                encode(turns, {name: value for name, value in all_options.items() if name not in kwargs})
                 raise RequestError(
                     f"These chat_template_kwargs cannot be used: {error.message}",
                     param="chat_template_kwargs",
@@ -219,8 +249,9 @@ def _with_tools(
     in_words = not (format.keeps_calls if plan is None else format.is_native)
     if in_words and any(message["role"] == "tool" or "tool_calls" in message for message in messages):
         messages = without_tool_turns(messages, syntax)
-    elif format.needs_short_ids:
-        messages = with_short_ids(messages)
+    elif not in_words:
+        messages = with_short_ids(messages) if format.needs_short_ids else messages
+        messages = messages if format.takes_many_calls else one_call_each(messages)
     if plan is None:
         return messages, None
     tools = plan.described()
@@ -294,6 +325,18 @@ def _num_logprobs(fields: ChatRequest) -> int | None:
     return num_top
 
 
+def _num_prompt_logprobs(fields: ChatRequest) -> int | None:
+    """How many alternatives per prompt token; None for no logprobs of the prompt. Raises RequestError."""
+    asked = fields.prompt_logprobs
+    if asked is not None and not 0 <= asked <= MAX_LOGPROBS:
+        raise RequestError(
+            f"prompt_logprobs must be between 0 and {MAX_LOGPROBS}, got {asked}.", param="prompt_logprobs"
+        )
+    if asked is not None and fields.stream:
+        raise RequestError("prompt_logprobs cannot be streamed; leave stream out.", param="prompt_logprobs")
+    return asked
+
+
 def checked_messages(messages: list[ChatMessage]) -> list[dict[str, Any]]:
     """The messages as chat templates take them. Raises RequestError naming the message and part."""
     if not messages:
@@ -302,7 +345,12 @@ def checked_messages(messages: list[ChatMessage]) -> list[dict[str, Any]]:
         raise RequestError(
             f"messages must hold at most {MAX_MESSAGES} messages, got {len(messages)}.", param="messages"
         )
-    return [_checked(message, f"messages[{number}]") for number, message in enumerate(messages)]
+    checked = [_checked(message, f"messages[{number}]") for number, message in enumerate(messages)]
+    names = {call["id"]: call["function"]["name"] for item in checked for call in item.get("tool_calls", [])}
+    for item in checked:
+        if item["role"] == "tool" and (name := names.get(item.get("tool_call_id"))):
+            item.setdefault("name", name)  # some templates print it
+    return checked
 
 
 def _checked(message: ChatMessage, where: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ parser is fed ends up in exactly one part or is syntax that the parts stand for.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Literal, Protocol
 
 from gqa_serve.api.protocol import ApiFinishReason
@@ -50,6 +51,10 @@ Part = TextPart | ReasoningPart | ToolCallPart | ArgumentsPart
 class MessageParser(Protocol):
     """Takes the text of one choice apart as it comes."""
 
+    @property
+    def is_cut(self) -> bool:
+        """Once all was fed: whether the text ended within the arguments of a call."""
+
     def feed(self, text: str, *, final: bool = False) -> list[Part]:
         """The parts that became certain with `text`; with `final`, all that is left."""
 
@@ -57,29 +62,31 @@ class MessageParser(Protocol):
 class PlainParser:
     """For models and requests without tools and reasoning: all text is the answer."""
 
+    is_cut = False
+
     def feed(self, text: str, *, final: bool = False) -> list[Part]:
         """One part, if there is text."""
         return [TextPart(text)] if text else []
 
 
 def finish_reason(
-    reason: Literal["stop", "length"] | None, *, has_calls: bool, names_tool: bool
+    reason: Literal["stop", "length"] | None, *, has_calls: bool, names_tool: bool, is_cut: bool
 ) -> ApiFinishReason | None:
-    """What OpenAI says of the end: calls are a reason of their own, unless the request named the function."""
-    return "tool_calls" if reason == "stop" and has_calls and not names_tool else reason
+    """What OpenAI says of the end: calls are a reason of their own, unless the request named the function.
+
+    Calls of which a stop string took the end are none that a client could make.
+    """
+    return "tool_calls" if reason == "stop" and has_calls and not (names_tool or is_cut) else reason
 
 
 def merge_parts(parts: list[Part]) -> list[Part]:
     """Neighbouring parts of the same kind (and call) as one."""
     merged: list[Part] = []
-    for part in parts:
-        last = merged[-1] if merged else None
-        if isinstance(part, TextPart) and isinstance(last, TextPart):
-            merged[-1] = TextPart(last.text + part.text)
-        elif isinstance(part, ReasoningPart) and isinstance(last, ReasoningPart):
-            merged[-1] = ReasoningPart(last.text + part.text)
-        elif isinstance(part, ArgumentsPart) and isinstance(last, ArgumentsPart) and part.index == last.index:
-            merged[-1] = ArgumentsPart(part.index, last.text + part.text)
+    for _, group in itertools.groupby(parts, key=lambda part: (type(part), getattr(part, "index", None))):
+        first, *more = group
+        if isinstance(first, ToolCallPart):
+            merged += [first, *more]
         else:
-            merged.append(part)
+            text = "".join(part.text for part in more if not isinstance(part, ToolCallPart))
+            merged.append(dataclasses.replace(first, text=first.text + text))
     return merged

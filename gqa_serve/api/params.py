@@ -64,7 +64,6 @@ _REFUSED_CHAT = {
     **{name: values for name, values in _REFUSED.items() if name != "documents"},
     "suffix": ("",),
     "truncate_prompt_tokens": (),
-    "return_tokens_as_token_ids": (False,),
 }
 _REFUSED_EMBEDDING: dict[str, tuple[Any, ...]] = {
     "messages": (),

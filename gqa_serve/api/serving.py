@@ -16,7 +16,6 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from functools import cached_property
 from typing import Any, Protocol, TypeVar
 
 import anyio.to_thread
@@ -29,7 +28,7 @@ from starlette.types import Receive, Scope, Send
 
 from gqa_serve import __version__
 from gqa_serve.api.access import AccessConfig
-from gqa_serve.api.chat_format import ChatFormat, find_format
+from gqa_serve.api.chat_format import TEXT_ONLY, ChatFormat
 from gqa_serve.api.errors import shorten
 from gqa_serve.api.http_protocol import abort_connection
 from gqa_serve.api.protocol import CompletionTokensDetails, PromptTokensDetails, SamplingFields, Usage
@@ -102,15 +101,8 @@ class ServingContext:
     chat_template: ChatTemplate
     config: ServingConfig
     started: int = dataclasses.field(default_factory=lambda: int(time.time()))
-
-    @cached_property
-    def chat_format(self) -> ChatFormat:
-        """What the chat template knows of tools and thinking."""
-        return find_format(
-            self.chat_template,
-            tool_call_parser=self.config.tool_call_parser,
-            reasoning_parser=self.config.reasoning_parser,
-        )
+    chat_format: ChatFormat = TEXT_ONLY
+    end_of_turn_ids: tuple[int, ...] = ()  # the control token that the chat template writes after an answer
 
     @property
     def model_names(self) -> Sequence[str]:
@@ -170,6 +162,7 @@ class Job:
     params: Sequence[SamplingParams]  # one per prompt
     n: int
     shown_ids: frozenset[int] = frozenset()  # control tokens that are shown, for a parser to see
+    end_ids: tuple[int, ...] = ()  # end an answer as the model's own end-of-sequence tokens do
     new_counter: Callable[[], ThinkingCounter] | None = None  # None: nothing tells thinking from answers
     pooling: Pooling | None = None
 
@@ -193,6 +186,7 @@ class Job:
                 group=f"{self.id}-{number}" if self.n > 1 else None,
                 cache_salt=self.fields.cache_salt,
                 pooling=self.pooling,
+                end_token_ids=self.end_ids,
             )
             for number, (prompt, params) in enumerate(zip(self.prompts, silent, strict=True))
             for choice in range(self.n)

@@ -13,8 +13,8 @@ never waits for the host:
 
 A request with a grammar waits outside the scheduler until its constraint is there. From then on the host must
 know its last token before its next step is launched; that token given, the constraint names the tokens that
-must follow, which are computed like a piece of prompt, and computes the mask of the one after them while the
-next step runs.
+must follow, which are computed like a piece of prompt, and another thread computes the mask of the one after
+them: beside the sending of outputs and the planning of the next step, and on a GPU beside that step itself.
 
 The device works in the order it is told. Blocks freed while a step in flight still writes to them may thus be
 handed out at once: whoever gets them writes later.
@@ -179,6 +179,10 @@ class Engine:
         scheduled = self.scheduler.schedule()
         failure: Exception | None = None
         if scheduled:
+            if not self.runner.lookahead:  # the model computes on the cores that the masks need
+                for request, _ in scheduled:
+                    if request.constraint is not None:
+                        request.constraint.mask()
             try:
                 self._in_flight.append(self._launch(scheduled))
             except Exception as error:
@@ -203,6 +207,8 @@ class Engine:
             raise RequestError("A request for pooling generates nothing: max_tokens must be 0.")
         if not all(0 <= token < self.info.vocab_size for token in spec.prompt):
             raise RequestError("The prompt holds a token id outside the vocabulary.", param="prompt")
+        if not all(0 <= token < self.info.vocab_size for token in spec.end_token_ids):
+            raise RequestError("end_token_ids holds a token id outside the vocabulary.")
         scoring_only = spec.params.max_tokens == 0
         if len(spec.prompt) + (not scoring_only) > self.info.max_model_len:
             raise ContextLengthError(len(spec.prompt), self.info.max_model_len, param="prompt")
@@ -398,7 +404,8 @@ class Engine:
 
     def _is_stop(self, request: Request, token: int) -> bool:
         params = request.params
-        return token in params.stop_token_ids or (token in self._eos and not params.ignore_eos)
+        ends = token in self._eos or token in request.spec.end_token_ids
+        return token in params.stop_token_ids or (ends and not params.ignore_eos)
 
     def _is_banned(self, request: Request, token: int) -> bool:
         """Whether min_tokens keeps `token` from being the next."""

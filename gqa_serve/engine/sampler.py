@@ -112,10 +112,11 @@ class RowOperations(Protocol):
     Results are int64 on the device of the logits. On a GPU no operation waits for it.
     """
 
-    def mask(self, logits: torch.Tensor, rows: Sequence[int], masks: Sequence[bytes]) -> None:
+    def mask(self, logits: torch.Tensor, rows: Sequence[int], masks: Sequence[bytes]) -> torch.Tensor:
         """In each of `rows` make the logits of tokens -inf that its mask lacks, in place. `rows` ascend.
 
         Token t is bit t % 8 (the lowest first) of byte t // 8; what is beyond the last byte is not allowed.
+        Returns [S]: the first index of the largest value left in each row, -1 if that is not finite.
         """
 
     def argmax(self, logits: torch.Tensor) -> torch.Tensor:
@@ -161,8 +162,13 @@ class Sampler:
             scored = any(requests[row].params.logprobs is not None for row in touched)
             modified = self._adjust(logits.clone() if scored else logits, requests, touched)
             # Penalties may overflow and bans may leave nothing to choose: those rows have no token either.
-            best = select_rows(modified, touched).max(dim=-1)
-            tokens = _choose(tokens, touched, torch.where(torch.isfinite(best.values), best.indices, -1))
+            masked = {row: c.mask() for row in touched if (c := requests[row].constraint) is not None}
+            if masked:
+                best = self._operations.mask(modified, list(masked), list(masked.values()))
+                tokens = _choose(tokens, list(masked), best)
+            if others := [row for row in touched if row not in masked]:
+                values, indices = select_rows(modified, others).max(dim=-1)
+                tokens = _choose(tokens, others, torch.where(torch.isfinite(values), indices, -1))
         drawn = [row for row, request in enumerate(requests) if request.params.temperature > _SAMPLING_EPS]
         if drawn:
             params = [requests[row].params for row in drawn]
@@ -199,7 +205,7 @@ class Sampler:
     def _adjust(
         self, logits: torch.Tensor, requests: Sequence[Request], touched: Sequence[int]
     ) -> torch.Tensor:
-        """The logits with penalties, bias, min_tokens and masks applied to the rows `touched`, in place."""
+        """The logits with penalties, bias, min_tokens, allowed tokens applied to rows `touched`, in place."""
         penalised = [row for row in touched if requests[row].params.has_penalties]
         if penalised:
             self._apply_penalties(logits, penalised, [requests[row] for row in penalised])
@@ -210,21 +216,16 @@ class Sampler:
             if requests[row].num_output_tokens < params.min_tokens:
                 # A constraint's own mask says when the sequence may end.
                 ends = self._eos if requests[row].constraint is None else ()
-                added += [(row, token, -torch.inf) for token in {*ends, *params.stop_token_ids}]
+                banned = {*ends, *requests[row].spec.end_token_ids, *params.stop_token_ids}
+                added += [(row, token, -torch.inf) for token in banned]
         if added:
             rows, columns, values = zip(*added, strict=True)
             index = to_device(np.asarray([rows, columns]), logits.device)
             delta = to_device(np.asarray(values, np.float32), logits.device)
             logits.index_put_((index[0], index[1]), delta, accumulate=True)
-        constrained = [(row, c.mask()) for row in touched if (c := requests[row].constraint) is not None]
-        allowed = [
-            (row, _bits(ids))
-            for row in touched
-            if (ids := requests[row].params.allowed_token_ids) is not None
-        ]
-        for masks in (constrained, allowed):
-            if masks:
-                self._operations.mask(logits, *zip(*masks, strict=True))
+        allowed = {r: ids for r in touched if (ids := requests[r].params.allowed_token_ids) is not None}
+        if allowed:
+            self._operations.mask(logits, list(allowed), [_bits(ids) for ids in allowed.values()])
         return logits
 
     def _apply_penalties(
@@ -312,8 +313,8 @@ class TorchRows:
         finite = torch.isfinite(logits).all(dim=-1)  # [R]
         return torch.where(finite, logits.argmax(dim=-1), -1)
 
-    def mask(self, logits: torch.Tensor, rows: Sequence[int], masks: Sequence[bytes]) -> None:
-        mask_rows(logits, rows, masks)
+    def mask(self, logits: torch.Tensor, rows: Sequence[int], masks: Sequence[bytes]) -> torch.Tensor:
+        return mask_rows(logits, rows, masks)
 
     def draw(
         self,
@@ -339,7 +340,7 @@ class TorchRows:
         return drawn.clamp_(max=logits.shape[-1] - 1)
 
 
-def mask_rows(logits: torch.Tensor, rows: Sequence[int], masks: Sequence[bytes]) -> None:
+def mask_rows(logits: torch.Tensor, rows: Sequence[int], masks: Sequence[bytes]) -> torch.Tensor:
     """`RowOperations.mask` in plain torch, on any device, without waiting for it."""
     size = -(-logits.shape[1] // 8)
     padded = b"".join(mask[:size].ljust(size, b"\0") for mask in masks)
@@ -347,7 +348,10 @@ def mask_rows(logits: torch.Tensor, rows: Sequence[int], masks: Sequence[bytes])
     bits = packed[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=logits.device)  # [S, size, 8]
     banned = ((bits & 1) == 0).view(len(rows), -1)[:, : logits.shape[1]]
     index = to_device(rows, logits.device)
-    logits.index_put_((index,), logits[index].masked_fill(banned, -torch.inf))
+    left = logits[index].masked_fill(banned, -torch.inf)
+    logits.index_put_((index,), left)
+    best = left.max(dim=-1)
+    return torch.where(torch.isfinite(best.values), best.indices, -1)
 
 
 def _filter_floor(scaled: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
