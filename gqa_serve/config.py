@@ -11,12 +11,16 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gqa_serve.errors import ConfigError
-from gqa_serve.settings import check, parse_size, read_settings, setting
+from gqa_serve.settings import check, parse_size, read_settings, setting, short
+
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s*]+")
+_ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)+")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,7 +135,11 @@ class ServerConfig:
     served_model_name: tuple[str, ...] = setting(
         (), "name(s) clients use; default: the value of --model", "server", metavar="NAME"
     )
-    chat_template: str | None = setting(None, "Jinja file or text; default: the checkpoint's", "server")
+    chat_template: str | None = setting(
+        None,
+        "Jinja file or text, or chatml, llama3, gemma, mistral, phi3; default: the checkpoint's",
+        "server",
+    )
     tool_call_parser: str = setting(
         "auto",
         "how the model spells tool calls; auto: as its chat template does; none: refuse tools",
@@ -143,6 +151,31 @@ class ServerConfig:
         "think: tell <think>...</think> apart from answers; auto: where the chat template has it",
         "server",
         choices=("auto", "think", "none"),
+    )
+    pooling: str = setting(
+        "last",
+        "/v1/embeddings: the hidden state of the last token, or the mean of all, where a request is silent",
+        "server",
+        choices=("last", "mean"),
+    )
+    api_key: tuple[str, ...] = setting(
+        (),
+        "key(s) that clients must send; better in GQA_SERVE_API_KEY or --api-key-file: `ps` shows flags",
+        "server",
+        metavar="KEY",
+        secret=True,
+    )
+    api_key_file: str | None = setting(
+        None, "file of such keys, one a line, # begins a comment", "server", metavar="FILE"
+    )
+    cors_origins: tuple[str, ...] = setting(
+        (),
+        "web pages that may call from a browser, e.g. https://chat.example.org; *: all; default: none",
+        "server",
+        metavar="ORIGIN",
+    )
+    root_path: str = setting(
+        "", "path prefix under which a proxy shows this server, e.g. /llm", "server", metavar="PATH"
     )
     max_body_bytes: int = setting(
         16 * 2**20, "largest request body, e.g. 16MiB", "server", parse=parse_size, metavar="SIZE", low=1024
@@ -159,13 +192,29 @@ class ServerConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        for origin in self.cors_origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ConfigError(
+                    f"--cors-origins must be * or origins such as https://chat.example.org, without a path; "
+                    f"got {short(origin)}."
+                )
+        if self.root_path and not _ROOT_PATH.fullmatch(self.root_path):
+            raise ConfigError(
+                f"--root-path must look like /llm, without a slash at its end; got {short(self.root_path)}."
+            )
+        if self.root_path.split("/")[1:2] == ["v1"]:  # nobody could tell what a proxy stripped
+            raise ConfigError("--root-path must not begin with /v1, as the routes do.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChatConfig:
     """Settings of `gqa-serve chat --model` beside the engine's; those of the server under their names."""
 
-    chat_template: str | None = setting(None, "Jinja file or text; default: the checkpoint's", "model")
+    chat_template: str | None = setting(
+        None,
+        "Jinja file or text, or chatml, llama3, gemma, mistral, phi3; default: the checkpoint's",
+        "model",
+    )
     log_level: str = setting(
         "warning", "how much to log", "chat", choices=("debug", "info", "warning", "error", "critical")
     )

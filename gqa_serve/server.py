@@ -19,6 +19,7 @@ from typing import Any
 
 import uvicorn
 
+from gqa_serve.api.access import load_keys
 from gqa_serve.api.app import create_app
 from gqa_serve.api.http_protocol import HttpProtocol
 from gqa_serve.config import EngineConfig, ServerConfig
@@ -33,11 +34,15 @@ from gqa_serve.progress import ProgressBar
 
 logger = logging.getLogger(__name__)
 
+# Longer than proxies and clients keep an idle connection (60 s at most, as a rule): if it is the server that
+# closes it, a request that was just sent is lost.
+_KEEP_ALIVE_S = 75
 _LAST_WORDS_S = 3  # after the drain timeout, for the errors of what did not finish to reach their clients
 
 
 def serve(engine_config: EngineConfig, server_config: ServerConfig) -> None:
     """Serve until a signal ends it. Raises GqaServeError for whatever prevents that."""
+    load_keys(server_config)  # whatever is wrong with them should not wait for a download
     with _listen(server_config) as listener:
         path = resolve_model(
             engine_config.model,
@@ -47,7 +52,8 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig) -> None:
         )
         logger.info("Loading %s.", path)
         tokenizer = load_tokenizer(path)
-        template = load_chat_template(path, server_config.chat_template)
+        template = load_chat_template(path, server_config.chat_template, tokenizer.special_texts)
+        logger.info("Chat template: %s.", template.source_name)
         bar = ProgressBar("Loading weights")
         engine = AsyncEngine(path, engine_config, log_level=server_config.log_level, on_load=bar.update)
         try:
@@ -128,6 +134,7 @@ async def _serve(
         log_config=None,
         access_log=False,
         server_header=False,
+        timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=math.ceil(config.drain_timeout) + _LAST_WORDS_S,
     )
     server = _Server(options, engine)
@@ -185,8 +192,9 @@ def _announce(info: ModelInfo | None, listener: socket.socket, config: ServerCon
         f" with {info.instruction_set}" if info.instruction_set else "",
     )
     body = f'{{"model": "{name}", "temperature": 0, "messages": [{{"role": "user", "content": "Hello!"}}]}}'
+    key = ' -H "Authorization: Bearer $API_KEY"' if config.api_key or config.api_key_file else ""
     print(
         f"Ready: http://{shown}:{port}/v1 - try: curl http://{shown}:{port}/v1/chat/completions "
-        f"-H 'Content-Type: application/json' -d '{body}'",
+        f"-H 'Content-Type: application/json'{key} -d '{body}'",
         flush=True,
     )

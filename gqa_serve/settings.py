@@ -54,8 +54,9 @@ def short(value: object) -> str:
 
 
 def setting(default: Any, help: str, group: str, **extra: Any) -> Any:
-    """A dataclass field with its help; `extra` may hold choices, metavar, low, high, parse."""
-    return dataclasses.field(default=default, metadata={"help": help, "group": group, **extra})
+    """A dataclass field with its help; `extra` may hold choices, metavar, low, high, parse, secret."""
+    metadata = {"help": help, "group": group, **extra}
+    return dataclasses.field(default=default, metadata=metadata, repr=not extra.get("secret"))
 
 
 def check(config: Any) -> None:
@@ -268,6 +269,8 @@ def _convert(raw: _Raw, config: type, field: dataclasses.Field[Any]) -> Any:
             hint = " Kubernetes sets this variable for a service of this name; use enableServiceLinks: false."
         elif base in (str, tuple) and isinstance(value, int | float | datetime.date):
             hint = " Put it in quotes."  # YAML reads 1.10 as the number 1.1
+        if field.metadata.get("secret"):
+            raise ConfigError(f"{source} must be {_KINDS[base]}.{hint}") from None  # the cause may show it
         raise ConfigError(f"{source} must be {_KINDS[base]}; got {short(value)}.{hint}") from error
     _check_value(converted, field, source)
     return not converted if negated else converted

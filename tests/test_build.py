@@ -186,6 +186,7 @@ def test_wheel_from_an_sdist(native: ModuleType, sdist: Path, tmp_path: Path) ->
     names = zipfile.ZipFile(wheel).namelist()
     assert len([name for name in names if name.startswith(EXTENSION)]) == 1
     assert KERNELS + "__init__.py" in names
+    assert "gqa_serve/api/web/docs.html" in names
     assert not [name for name in names if name.endswith((".cpp", ".h", ".inl"))]
     assert not wheel.name.endswith("py3-none-any.whl")
     for isa in native.isa_levels():

@@ -56,8 +56,11 @@ def test_every_field_is_a_flag_a_variable_and_a_line(tmp_path: Path) -> None:
         "attention_backend": "flashinfer", "gpu_memory_utilization": "0.5",
         "max_num_batched_tokens": "99", "max_waiting": "5", "kv_cache_memory": "1MiB",
         "prefix_caching": "false", "host": "h", "port": "9", "served_model_name": "n",
-        "chat_template": "t", "tool_call_parser": "hermes", "reasoning_parser": "think", "max_body_bytes": "2MiB", "drain_timeout": "1.5", "log_level": "debug",
-        "max_stored_responses": "7",
+        "chat_template": "t", "tool_call_parser": "hermes", "reasoning_parser": "think",
+        "max_body_bytes": "2MiB", "drain_timeout": "1.5", "log_level": "debug",
+        "pooling": "mean",
+        "api_key": "k", "api_key_file": "f", "cors_origins": "http://o",
+        "root_path": "/r", "max_stored_responses": "7",
     }  # fmt: skip
     by_env = load(environ={f"GQA_SERVE_{name.upper()}": value for name, value in values.items()})
     file = tmp_path / "settings.yaml"
@@ -116,6 +119,11 @@ def test_sizes_have_units(text: str | int, size: int) -> None:
         ("", {"GQA_SERVE_NO_PREFIX_CACHING": "1", "GQA_SERVE_PREFIX_CACHING": "1"}, "are one setting"),
         ("", {"GQA_SERVE_NO_OFFLINE": "maybe"}, "GQA_SERVE_NO_OFFLINE must be true or false"),
         ("", {"GQA_SERVE_SERVED_MODEL_NAME": "a,,b"}, "GQA_SERVE_SERVED_MODEL_NAME must be text or a list"),
+        ("--cors-origins https://a/", {}, "--cors-origins must be * or origins such as https://"),
+        ("--cors-origins a.org", {}, "--cors-origins must be * or origins such as https://"),
+        ("--root-path llm", {}, "--root-path must look like /llm"),
+        ("--root-path /llm/", {}, "--root-path must look like /llm"),
+        ("--root-path /v1", {}, "--root-path must not begin with /v1"),
     ],
 )
 def test_errors_name_the_setting_and_the_cure(words: str, environ: dict[str, str], says: str) -> None:

@@ -167,6 +167,30 @@ def test_a_killed_engine_ends_streams_with_an_error_and_comes_back() -> None:
         assert answer.choices[0].message.content == ANSWER
 
 
+def test_keys_and_a_path_prefix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GQA_SERVE_API_KEY", "sk-from-environment")
+    file = tmp_path / "keys"
+    file.write_text("sk-from-file\n")
+    flags = ("--api-key-file", str(file), "--root-path", "/llm", "--log-level", "debug")
+    with running(*flags) as server:
+        assert any('-H "Authorization: Bearer $API_KEY"' in line for line in server.lines)
+        for key in ("sk-from-environment", "sk-from-file"):
+            with openai.OpenAI(base_url=f"{server.url}/llm/v1", api_key=key, max_retries=0) as client:
+                assert client.chat.completions.create(model="demo", messages=QUESTION, max_tokens=2).choices
+        with server.client() as client, pytest.raises(openai.AuthenticationError):
+            client.models.list()
+        assert httpx2.get(f"{server.url}/llm/openapi.json").json()["servers"] == [{"url": "/llm"}]
+        assert server.stop() == 0
+    assert "sk-" not in "".join(server.lines)
+
+
+def test_a_missing_key_file_is_said_before_the_model_is_looked_for() -> None:
+    command = [sys.executable, "-m", "gqa_serve.cli", "--model", "/nowhere", "--api-key-file", "/none"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=START_S, check=False)
+    assert result.returncode == 1
+    assert result.stderr == "gqa-serve: error: --api-key-file /none: No such file or directory.\n"
+
+
 @pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_lets_streams_finish_and_exits_with_0(sig: int) -> None:
     with running() as server, server.client() as client:

@@ -8,15 +8,20 @@ from __future__ import annotations
 
 from starlette.applications import Starlette
 from starlette.routing import Route
-from starlette.types import Lifespan
+from starlette.types import ASGIApp, Lifespan
 
+from gqa_serve.api.access import with_access
 from gqa_serve.api.anthropic import AnthropicMessages
 from gqa_serve.api.chat import ChatCompletions
 from gqa_serve.api.completions import Completions
+from gqa_serve.api.docs import Docs
+from gqa_serve.api.embeddings import Embeddings
 from gqa_serve.api.errors import EXCEPTION_HANDLERS
+from gqa_serve.api.request_ids import RequestIds
 from gqa_serve.api.responses import Responses
 from gqa_serve.api.serving import ServingConfig, ServingContext, ServingEngine
 from gqa_serve.api.system import System
+from gqa_serve.api.tokenize import Tokenize
 from gqa_serve.engine.chat_template import ChatTemplate
 from gqa_serve.engine.tokenizer import Tokenizer
 
@@ -30,30 +35,47 @@ def create_app(
     config: ServingConfig,
     *,
     lifespan: Lifespan[Starlette] | None = None,
-) -> Starlette:
-    """The application. It may serve before the engine is ready: requests then get a 503."""
+) -> ASGIApp:
+    """The application. It may serve before the engine is ready: requests then get a 503.
+
+    Raises ConfigError if the file of API keys cannot be used.
+    """
     context = ServingContext(engine, tokenizer, chat_template, config)
     _ = context.chat_format  # found out, and logged, now
+    app = Starlette(routes=routes(context), exception_handlers=EXCEPTION_HANDLERS, lifespan=lifespan)
+    app.router.redirect_slashes = False  # a redirect would answer a typing error with an HTML-less 307
+    # Around the application, not inside it: starlette's own answer to a bug comes from its outermost layer.
+    return RequestIds(with_access(app, config))
+
+
+def routes(context: ServingContext) -> list[Route]:
+    """Every route; `openapi.py` describes the same ones."""
     system = System(context)
     responses = Responses(context)
     messages = AnthropicMessages(context)
-    app = Starlette(
-        routes=[
-            Route("/v1/chat/completions", ChatCompletions(context).post, methods=["POST"]),
-            Route("/v1/completions", Completions(context).post, methods=["POST"]),
-            Route("/v1/responses", responses.post, methods=["POST"]),
-            Route("/v1/responses/{id}", responses.stored, methods=["GET", "DELETE"]),
-            Route("/v1/responses/{id}/input_items", responses.input_items, methods=["GET"]),
-            Route("/v1/messages", messages.post, methods=["POST"]),
-            Route("/v1/messages/count_tokens", messages.count, methods=["POST"]),
-            Route("/v1/models", system.models),
-            Route("/v1/models/{id:path}", system.model),
-            Route("/health", system.health),
-            Route("/ready", system.ready),
-            Route("/version", system.version),
-        ],
-        exception_handlers=EXCEPTION_HANDLERS,
-        lifespan=lifespan,
-    )
-    app.router.redirect_slashes = False  # a redirect would answer a typing error with an HTML-less 307
-    return app
+    tokenize = Tokenize(context)
+    docs = Docs(context)
+    return [
+        Route("/v1/chat/completions", ChatCompletions(context).post, methods=["POST"]),
+        Route("/v1/completions", Completions(context).post, methods=["POST"]),
+        Route("/v1/responses", responses.post, methods=["POST"]),
+        Route("/v1/responses/{id}", responses.stored, methods=["GET", "DELETE"]),
+        Route("/v1/responses/{id}/input_items", responses.input_items, methods=["GET"]),
+        Route("/v1/messages", messages.post, methods=["POST"]),
+        Route("/v1/messages/count_tokens", messages.count, methods=["POST"]),
+        Route("/v1/embeddings", Embeddings(context).post, methods=["POST"]),
+        Route("/tokenize", tokenize.tokenize, methods=["POST"]),
+        Route("/v1/tokenize", tokenize.tokenize, methods=["POST"]),
+        Route("/detokenize", tokenize.detokenize, methods=["POST"]),
+        Route("/v1/detokenize", tokenize.detokenize, methods=["POST"]),
+        Route("/tokenizer_info", tokenize.info),
+        Route("/v1/models", system.models),
+        Route("/v1/models/{id:path}", system.model),
+        Route("/health", system.health),
+        Route("/ping", system.health),
+        Route("/ready", system.ready),
+        Route("/load", system.load),
+        Route("/version", system.version),
+        Route("/openapi.json", docs.openapi),
+        Route("/docs", docs.page),
+    ]

@@ -28,15 +28,17 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from gqa_serve import __version__
+from gqa_serve.api.access import AccessConfig
 from gqa_serve.api.chat_format import ChatFormat, find_format
 from gqa_serve.api.errors import shorten
 from gqa_serve.api.http_protocol import abort_connection
 from gqa_serve.api.protocol import CompletionTokensDetails, PromptTokensDetails, SamplingFields, Usage
 from gqa_serve.api.reasoning import ThinkingCounter
+from gqa_serve.api.request_ids import client_request_id
 from gqa_serve.api.text_stream import Choice, Generation, TextEvent, TokenStream
 from gqa_serve.engine.chat_template import ChatTemplate
 from gqa_serve.engine.detokenizer import TextAssembler
-from gqa_serve.engine.request import EngineRequest, ModelInfo, SamplingParams
+from gqa_serve.engine.request import EngineRequest, ModelInfo, Pooling, SamplingParams
 from gqa_serve.engine.stop_strings import StopStrings
 from gqa_serve.engine.tokenizer import Tokenizer
 from gqa_serve.errors import EngineUnavailableError, NotFoundError, RequestError
@@ -60,10 +62,13 @@ class ServingEngine(Protocol):
     @property
     def model_info(self) -> ModelInfo | None: ...
 
+    @property
+    def num_requests(self) -> int: ...
+
     def submit(self, request: EngineRequest) -> TokenStream: ...
 
 
-class ServingConfig(Protocol):
+class ServingConfig(AccessConfig, Protocol):
     """What the API needs of `ServerConfig`."""
 
     @property
@@ -80,6 +85,9 @@ class ServingConfig(Protocol):
 
     @property
     def reasoning_parser(self) -> str: ...
+
+    @property
+    def pooling(self) -> str: ...
 
     @property
     def max_stored_responses(self) -> int: ...
@@ -163,6 +171,7 @@ class Job:
     n: int
     shown_ids: frozenset[int] = frozenset()  # control tokens that are shown, for a parser to see
     new_counter: Callable[[], ThinkingCounter] | None = None  # None: nothing tells thinking from answers
+    pooling: Pooling | None = None
 
     @classmethod
     def new(cls, prefix: str, **values: Any) -> Job:
@@ -183,6 +192,7 @@ class Job:
                 priority=self.fields.priority or 0,
                 group=f"{self.id}-{number}" if self.n > 1 else None,
                 cache_salt=self.fields.cache_salt,
+                pooling=self.pooling,
             )
             for number, (prompt, params) in enumerate(zip(self.prompts, silent, strict=True))
             for choice in range(self.n)
@@ -251,7 +261,8 @@ async def answer(request: Request, context: ServingContext, reply: Reply) -> Res
     stop = reply.job.params[0].stop  # the same for all prompts
     stops = await off_loop(sum(map(len, stop)), lambda: StopStrings(stop))
     generation = submit(context, reply.job, stops)
-    headers = {"x-request-id": reply.job.id}
+    request_id = client_request_id(request.scope) or reply.job.id
+    headers = {"x-request-id": request_id}
     streaming = False
     try:
         if not reply.job.fields.stream:
@@ -264,18 +275,19 @@ async def answer(request: Request, context: ServingContext, reply: Reply) -> Res
         return response
     finally:
         if not streaming:
-            end(reply.job, generation)
+            end(reply.job, generation, request_id)
 
 
-def end(job: Job, generation: Generation) -> None:
+def end(job: Job, generation: Generation, request_id: str) -> None:
     """Abort what is still running, and log the one line each request leaves; never its text."""
     generation.abort()
     usage = job.usage(generation)
     # An answer without a reason was cut off by its client, or by the failure of another choice.
     reasons = Counter(choice.finish_reason or "cancelled" for choice in generation.choices)
     logger.info(
-        "%s %s%s prompt=%d cached=%d output=%d finish=%s %.2fs",
+        "%s%s %s%s prompt=%d cached=%d output=%d finish=%s %.2fs",
         job.id,
+        "" if request_id == job.id else f" ({request_id})",
         job.kind,
         " stream" if job.fields.stream else "",
         usage.prompt_tokens,
@@ -314,6 +326,7 @@ class GenerationResponse(EventSourceResponse):
     ) -> None:
         self._generation = generation
         self._job = reply.job
+        self._request_id = headers.get("x-request-id", reply.job.id)
         super().__init__(
             sse_events(generation, reply),
             headers={"Cache-Control": "no-cache", **headers},
@@ -333,7 +346,8 @@ class GenerationResponse(EventSourceResponse):
             self._generation.abort()
             await abort_connection(scope, receive)
         finally:
-            end(self._job, self._generation)  # the iterator's own finally never runs if it was never started
+            # The iterator's own finally never runs if it was never started.
+            end(self._job, self._generation, self._request_id)
 
 
 async def sse_events(generation: Generation, reply: Reply) -> AsyncIterator[bytes]:

@@ -1,4 +1,4 @@
-"""GET /health, /ready, /version and /v1/models: what the server is and whether it can answer.
+"""GET /health, /ping, /ready, /load, /version and /v1/models: what the server is and whether it can answer.
 
 Owns the meaning of alive and ready. Knows the engine only by its state. Invariant: /health is 200 only while
 the engine can work (also while it finishes its last requests), /ready only while it takes new ones.
@@ -16,6 +16,24 @@ from gqa_serve.api.serving import ServingContext
 from gqa_serve.errors import EngineUnavailableError, NotFoundError
 
 _ALIVE = ("ready", "stopping")
+
+
+class Status(msgspec.Struct):
+    """All is well; anything else is an error."""
+
+    status: str
+
+
+class ServerLoad(msgspec.Struct):
+    """Answer of GET /load."""
+
+    server_load: int
+
+
+class Version(msgspec.Struct):
+    """Answer of GET /version."""
+
+    version: str
 
 
 class System:
@@ -36,11 +54,15 @@ class System:
         state = self._context.engine.state
         if state not in good:
             raise EngineUnavailableError(f"The engine is {state}.")
-        return _json({"status": "ok"})
+        return _json(Status("ok"))
+
+    async def load(self, request: Request) -> Response:
+        """How many choices the engine computes or holds in its queue, as load balancers for vLLM read it."""
+        return _json(ServerLoad(self._context.engine.num_requests))
 
     async def version(self, request: Request) -> Response:
         """The package's version."""
-        return _json({"version": __version__})
+        return _json(Version(__version__))
 
     async def models(self, request: Request) -> Response:
         """Every name clients may use. Raises EngineUnavailableError while there is none yet.

@@ -94,6 +94,18 @@ class Pending:
         return samples
 
 
+class PendingStates:
+    """Hidden states [R, E] as they are, in float32, soon on the host."""
+
+    def __init__(self, hidden: torch.Tensor) -> None:
+        self._copy = HostCopy(hidden.float())
+
+    def result(self) -> np.ndarray:
+        """[R, E] float32; waits for the device."""
+        (states,) = self._copy.wait()
+        return states.numpy()
+
+
 class RowOperations(Protocol):
     """What a sampler does with whole rows of logits [R, V] float32; a backend may have its own.
 
@@ -162,6 +174,10 @@ class Sampler:
         """For a step that chooses no token, so that it is waited for like one that does. hidden [R, E]."""
         return Pending(hidden.new_empty(0, dtype=torch.int64), [])
 
+    def states(self, hidden: torch.Tensor) -> PendingStates:
+        """Hidden states [R, E] that nothing is chosen from: who asked for them pools them."""
+        return PendingStates(hidden)
+
     def score(self, logits: torch.Tensor, token_ids: Sequence[int], count: int) -> PendingScores:
         """Log-probabilities of given tokens, one per row of `logits` [R, V], beside the `count` likeliest."""
         return PendingScores(logits, to_device(token_ids, logits.device), count)
@@ -200,9 +216,15 @@ class Sampler:
             index = to_device(np.asarray([rows, columns]), logits.device)
             delta = to_device(np.asarray(values, np.float32), logits.device)
             logits.index_put_((index[0], index[1]), delta, accumulate=True)
-        masks = [(row, c.mask()) for row in touched if (c := requests[row].constraint) is not None]
-        if masks:
-            self._operations.mask(logits, *zip(*masks, strict=True))
+        constrained = [(row, c.mask()) for row in touched if (c := requests[row].constraint) is not None]
+        allowed = [
+            (row, _bits(ids))
+            for row in touched
+            if (ids := requests[row].params.allowed_token_ids) is not None
+        ]
+        for masks in (constrained, allowed):
+            if masks:
+                self._operations.mask(logits, *zip(*masks, strict=True))
         return logits
 
     def _apply_penalties(
@@ -261,9 +283,17 @@ class _TokenCounts:
 
 def _changes_logits(request: Request) -> bool:
     params = request.params
-    if request.constraint is not None or params.logit_bias or params.has_penalties:
+    bans = request.constraint is not None or params.allowed_token_ids is not None
+    if bans or params.logit_bias or params.has_penalties:
         return True
     return request.num_output_tokens < params.min_tokens
+
+
+def _bits(token_ids: Sequence[int]) -> bytes:
+    """The tokens as a mask of `RowOperations.mask`."""
+    bits = np.zeros(max(token_ids) + 1, np.uint8)
+    bits[token_ids] = 1
+    return np.packbits(bits, bitorder="little").tobytes()
 
 
 def _choose(tokens: torch.Tensor, rows: Sequence[int], choices: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import httpx
+import numpy as np
 import tokenizers
 import uvicorn
 from tokenizers import decoders, pre_tokenizers
@@ -31,6 +33,7 @@ MODEL = "fake/model"
 IM_START, IM_END = 256, 257
 VOCAB_SIZE = 258
 MAX_MODEL_LEN = 512
+HIDDEN_SIZE = 4
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
     "{% if not (loop.last and continue_final_message) %}<|im_end|>\n{% endif %}{% endfor %}"
@@ -66,6 +69,7 @@ def fake_info(**changes: object) -> ModelInfo:
         "backend": "reference",
         "max_num_seqs": 8,
         "max_waiting": 1016,
+        "hidden_size": HIDDEN_SIZE,
     }
     return ModelInfo(**{**values, **changes})  # type: ignore[arg-type]
 
@@ -158,6 +162,10 @@ class FakeEngine:
     def num_running(self) -> int:
         return sum(stream.end is None for stream in self.streams)
 
+    @property
+    def num_requests(self) -> int:
+        return self.num_running
+
     def ends(self) -> list[str | None]:
         return [stream.end for stream in self.streams]
 
@@ -165,6 +173,13 @@ class FakeEngine:
         params = request.params
         if params.max_tokens is None:
             raise AssertionError("the API must resolve max_tokens")
+        if request.pooling is not None:
+            assert params.max_tokens == 0
+            ids = request.prompt
+            vector = {"last": [ids[-1], 1, 0, -2], "mean": [sum(ids) / len(ids), 0, 0, 0]}[request.pooling]
+            output = TokenOutput(request_id=request.request_id, pooled=np.array(vector, "<f4").tobytes())
+            output.finish_reason, output.error = script.finish or "length", script.error
+            return [output]
         steps = [self._ids(piece) for piece in script.pieces]
         ends_itself = script.finish is None and script.fault is None
         if ends_itself:
@@ -226,14 +241,24 @@ class Server:
     def url(self) -> str:
         return f"http://{self.host}:{self.port}"
 
+    def post(self, path: str, body: object) -> httpx.Response:
+        """POST as JSON. (Not verifying, which plain HTTP has no use for, saves reading the certificates.)"""
+        return httpx.post(self.url + path, json=body, verify=False)
+
     def connect(self) -> socket.socket:
         return socket.create_connection((self.host, self.port), timeout=20)
 
 
 @contextmanager
-def serving(engine: FakeEngine, *, template: str = TEMPLATE, **settings: object) -> Iterator[Server]:
+def serving(
+    engine: FakeEngine,
+    *,
+    template: str = TEMPLATE,
+    tokenizer: Tokenizer | None = None,
+    **settings: object,
+) -> Iterator[Server]:
     """Run the real application in uvicorn in a thread, on a free port."""
-    tokenizer = fake_tokenizer()
+    tokenizer = tokenizer or fake_tokenizer()
     config = ServerConfig(**{"served_model_name": (MODEL, "alias"), **settings})  # type: ignore[arg-type]
     app = create_app(engine, tokenizer, ChatTemplate(template), config)  # type: ignore[arg-type]
     listener = socket.create_server(("127.0.0.1", 0))

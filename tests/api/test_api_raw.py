@@ -435,7 +435,6 @@ def test_duplicated_keys_take_the_last(server: Server, engine: FakeEngine) -> No
         ({"functions": [{"name": "f"}]}, "functions"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
-        ({"functions": [{"name": "f"}]}, "functions"),
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"audio": {"voice": "alloy"}}, "audio"),
         ({"prediction": {"type": "content", "content": "x"}}, "prediction"),
@@ -446,7 +445,16 @@ def test_duplicated_keys_take_the_last(server: Server, engine: FakeEngine) -> No
         ({"echo": True}, "echo"),
         ({"suffix": "x"}, "suffix"),
         ({"prompt_logprobs": 0}, "prompt_logprobs"),
-        ({"allowed_token_ids": [1]}, "allowed_token_ids"),
+        ({"allowed_token_ids": []}, "allowed_token_ids"),
+        ({"allowed_token_ids": [258]}, "allowed_token_ids"),
+        ({"allowed_token_ids": [1], "min_tokens": 1}, "allowed_token_ids"),
+        ({"allowed_token_ids": [1] * 1025}, "allowed_token_ids"),
+        ({"repeat_penalty": 2, "repetition_penalty": 1}, "repeat_penalty"),
+        ({"repeat_penalty": 0}, "repetition_penalty"),
+        (
+            {"spaces_between_special_tokens": True, "skip_special_tokens": False},
+            "spaces_between_special_tokens",
+        ),
     ],
 )
 def test_chat_fields_refused(server: Server, engine: FakeEngine, fields: dict[str, Any], param: str) -> None:
@@ -477,7 +485,17 @@ def test_chat_fields_refused(server: Server, engine: FakeEngine, fields: dict[st
         ({"logprobs": 21}, "logprobs"),
         ({"logprobs": -1}, "logprobs"),
         ({"logprobs": True}, "logprobs"),
-        ({"n": 2, "best_of": 3}, "best_of"),
+        ({"n": 2, "best_of": 3, "stream": True}, "best_of"),
+        ({"n": 2, "best_of": 1}, "best_of"),
+        ({"best_of": 0}, "best_of"),
+        ({"best_of": 129}, "best_of"),
+        ({"prompt": ["a"] * 9, "best_of": 128}, "best_of"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs"),
+        ({"prompt_logprobs": -1, "echo": True, "logprobs": 3}, "prompt_logprobs"),
+        ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
+        ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens"),
+        ({"truncate_prompt_tokens": 513}, "truncate_prompt_tokens"),
         ({"suffix": "x"}, "suffix"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"max_tokens": -1}, "max_tokens"),
@@ -562,7 +580,7 @@ def test_errors_do_not_amplify(server: Server) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/v1", "/v1/embeddings", "/v1/chat", "/v1/completions/", "/" + "x" * 5000]
+    "path", ["/", "/v1", "/v1/images/generations", "/v1/chat", "/v1/completions/", "/" + "x" * 5000]
 )
 def test_unknown_routes(server: Server, path: str) -> None:
     for data in (get(path), post(path, b"{}")):

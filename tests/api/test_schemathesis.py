@@ -1,0 +1,43 @@
+"""Schemathesis over `/openapi.json`: requests by the thousand, right and wrong, answered as described."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fake_engine import FakeEngine, serving, wait_until
+
+KEY = "sk-test"
+
+
+def test_nothing_that_fits_the_description_or_misses_it_is_a_surprise(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """All checks but one: JSON schemas cannot say that a token id is in the vocabulary or a prompt fits."""
+    with serving(FakeEngine(), api_key=(KEY,)) as server:
+        command = [
+            *(sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json"),
+            *("--header", f"Authorization: Bearer {KEY}"),
+            *("--checks", "all", "--exclude-checks", "positive_data_acceptance"),
+            *("--max-examples", "20", "--generation-deterministic", "--no-color", "--workers", "1"),
+        ]
+        environ = {**os.environ, "PYTHONWARNINGS": "default"}  # theirs are not ours to fix
+        result = subprocess.run(
+            command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=240, check=False
+        )
+        assert result.returncode == 0, result.stdout[-20_000:] + result.stderr[-2000:]
+        tested = re.search(r"Tested: (\d+)", result.stdout)
+        selected = re.search(r"Selected: (\d+)/(\d+)", result.stdout)
+        passed = re.search(r"(\d+) generated, (\d+) passed", result.stdout)
+        assert tested is not None
+        assert selected is not None
+        assert passed is not None
+        assert tested[1] == selected[1] == selected[2]
+        assert int(passed[1]) == int(passed[2]) > 500
+        wait_until(lambda: server.engine.num_running == 0)
+        assert len(server.engine.requests) > 50  # it was not all refused
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
