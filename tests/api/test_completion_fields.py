@@ -186,14 +186,18 @@ def test_the_model_s_own_stop_is_not_the_request_s(coding: Server) -> None:
         ({"suffix": "x", "echo": True, "logprobs": 1}, "echo"),
         ({"suffix": "x", "truncate_prompt_tokens": 3}, "truncate_prompt_tokens"),
         ({"suffix": ["x"]}, "suffix"),
-        ({"suffix": "x" * MAX_MODEL_LEN}, "prompt"),
+        ({"suffix": "x" * (MAX_MODEL_LEN - 4)}, "prompt"),
+        ({"suffix": "x" * MAX_MODEL_LEN}, "suffix"),
         ({"suffix": "x" * 100_000}, "suffix"),
+        ({"suffix": "x", "stop_token_ids": list(range(256)) * 4}, None),
+        ({"suffix": "x", "stop_token_ids": [0] * 1025}, "stop_token_ids"),
     ],
 )
-def test_what_a_suffix_does_not_go_with(coding: Server, fields: dict[str, Any], param: str) -> None:
+def test_what_a_suffix_does_not_go_with(coding: Server, fields: dict[str, Any], param: str | None) -> None:
     coded(coding)
     reply = coding.post("/v1/completions", {"prompt": "p", **fields})
-    assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
+    assert reply.status_code == (400 if param else 200)
+    assert param is None or reply.json()["error"]["param"] == param
 
 
 def test_a_model_without_markers_refuses_a_suffix(server: Server) -> None:
@@ -383,3 +387,28 @@ def test_the_openai_client_reads_what_it_knows(client: openai.OpenAI) -> None:
     assert len(choice.logprobs.tokens) == 2 + 11 + 1
     assert choice.model_extra is not None
     assert choice.model_extra["prompt_token_ids"] == [97, 98]
+
+
+@pytest.mark.parametrize(
+    ("length", "max_tokens", "status"),
+    [
+        (MAX_MODEL_LEN - 1, 1, 200),  # the harness's largest request: it leaves room for one token
+        (MAX_MODEL_LEN, 0, 200),
+        (MAX_MODEL_LEN, 1, 400),
+        (MAX_MODEL_LEN + 1, 0, 400),
+    ],
+)
+def test_scoring_at_the_edge_of_the_context(
+    server: Server, engine: FakeEngine, length: int, max_tokens: int, status: int
+) -> None:
+    engine.script = lambda request: Script([""] if max_tokens == 0 else ["x"])
+    body = {"prompt": [[7] * length], "max_tokens": max_tokens, "echo": True, "logprobs": 1}
+    reply = server.post("/v1/completions", body)
+    assert reply.status_code == status
+    if status == 200:
+        (choice,) = reply.json()["choices"]
+        assert len(choice["logprobs"]["token_logprobs"]) == length + max_tokens
+        assert choice["logprobs"]["token_logprobs"][0] is None
+    else:
+        assert reply.json()["error"]["code"] == "context_length_exceeded"
+        assert reply.json()["error"]["param"].startswith("prompt")
