@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from gqa_serve.api.anthropic_protocol import Block, CountRequest, MessagesRequest, OutputFormat, ToolParam
+from gqa_serve.api.anthropic_protocol import Block, CountRequest, MessagesRequest, MessageTool, OutputFormat
 from gqa_serve.api.client_names import ClientNames
 from gqa_serve.api.errors import shorten
 from gqa_serve.api.params import FieldRules
@@ -22,6 +22,8 @@ from gqa_serve.api.protocol import (
     FunctionCall,
     FunctionDefinition,
     FunctionName,
+    JsonSchemaFormat,
+    ResponseFormat,
     Tool,
     ToolCall,
     ToolChoice,
@@ -43,16 +45,6 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "inference_geo": (),
     "speed": ("standard",),
     "n": (1,),
-    "stop": (),
-    "max_completion_tokens": (),
-    "response_format": (),
-    "reasoning_effort": (),
-    "parallel_tool_calls": (),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
 }
 _NO_OPS = ("cache_control", "user_profile_id", "workspace_id", "metadata", "service_tier")
 _SAME_NAMES = frozenset(ChatRequest.__struct_fields__) & frozenset(MessagesRequest.__struct_fields__)
@@ -67,8 +59,8 @@ _BILLING_LINE = "x-anthropic-billing-header:"
 
 
 def field_rules(type: type[msgspec.Struct]) -> FieldRules:
-    """The rules of /v1/messages and of count_tokens."""
-    return FieldRules(type, _REFUSED, no_ops=_NO_OPS)
+    """The rules of /v1/messages; of count_tokens, where fields that shape no prompt mean nothing."""
+    return FieldRules.beside_chat(type, _REFUSED, [*_NO_OPS, *MessagesRequest.__struct_fields__])
 
 
 def chat_request(
@@ -81,9 +73,9 @@ def chat_request(
     for number, message in enumerate(fields.messages):
         writer.add(message.role, message.content, f"messages[{number}]")
     names = {f"messages[{number}]": path for number, path in enumerate(writer.paths)}
-    names |= {"stop": "stop_sequences", "response_format": "output_config.format"}
+    names |= {"stop": "stop_sequences", "response_format": _format_path(fields)}
     names |= {
-        "response_format.json_schema": "output_config.format",
+        "response_format.json_schema": _format_path(fields),
         "reasoning_effort": "output_config.effort",
     }
     names |= {"tool_choice.function": "tool_choice"}
@@ -117,13 +109,6 @@ def _check_sampling(fields: MessagesRequest) -> None:
         raise RequestError("max_tokens must be at least 1.", param="max_tokens")
     if fields.temperature is not None and not 0 <= fields.temperature <= 1:
         raise RequestError("temperature must be between 0 and 1.", param="temperature")
-    thinking = fields.thinking
-    budget = None if thinking is None else thinking.budget_tokens
-    if budget is not None and not MIN_THINKING_BUDGET <= budget < fields.max_tokens:
-        raise RequestError(
-            f"thinking.budget_tokens must be at least {MIN_THINKING_BUDGET} and less than max_tokens.",
-            param="thinking.budget_tokens",
-        )
 
 
 def _choice(fields: CountRequest) -> dict[str, Any]:
@@ -145,7 +130,7 @@ def _choice(fields: CountRequest) -> dict[str, Any]:
     return {"tool_choice": _CHOICES[choice.type], "parallel_tool_calls": parallel}
 
 
-def _tool(tool: ToolParam, where: str) -> Tool:
+def _tool(tool: MessageTool, where: str) -> Tool:
     if tool.type not in (None, "custom"):
         raise RequestError(
             f"{where}: tools of type {shorten(tool.type)!r} are Anthropic's own and not run here; describe a "
@@ -184,6 +169,10 @@ def _template_kwargs(fields: CountRequest, template: ChatTemplate) -> dict[str, 
         )
     if thinking.type == "enabled" and thinking.budget_tokens is None:
         raise RequestError("Missing required field: thinking.budget_tokens.", param="thinking.budget_tokens")
+    if thinking.budget_tokens is not None and thinking.budget_tokens < MIN_THINKING_BUDGET:
+        raise RequestError(
+            f"thinking.budget_tokens must be at least {MIN_THINKING_BUDGET}.", param="thinking.budget_tokens"
+        )
     if thinking.display not in (None, "summarized", "omitted"):
         raise RequestError('thinking.display must be "summarized" or "omitted".', param="thinking.display")
     if thinking.type in ("adaptive", "between_tools"):
@@ -213,16 +202,20 @@ def _output(fields: CountRequest, template: ChatTemplate) -> dict[str, Any]:
     return values
 
 
-def _format(format: OutputFormat, where: str) -> Any:
+def _format_path(fields: CountRequest) -> str:
+    """Where the request says what the text must be."""
+    config = fields.output_config
+    return "output_format" if config is None or config.format is None else "output_config.format"
+
+
+def _format(format: OutputFormat, where: str) -> ResponseFormat:
     if format.type != "json_schema":
         raise RequestError(
             f'{where}.type must be "json_schema"; got {shorten(format.type)!r}.', param=f"{where}.type"
         )
     if format.schema is None:
         raise RequestError(f"Missing required field: {where}.schema.", param=f"{where}.schema")
-    schema = {"name": "output", "schema": format.schema, "strict": True}
-    value = {"type": "json_schema", "json_schema": schema}
-    return msgspec.convert(value, ChatRequest.__annotations__["response_format"])
+    return ResponseFormat("json_schema", JsonSchemaFormat(format.schema))
 
 
 # --- blocks -> messages ------------------------------------------------------------------------------------

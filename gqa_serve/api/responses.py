@@ -20,7 +20,7 @@ from gqa_serve.api.errors import shorten
 from gqa_serve.api.json_guard import read_request
 from gqa_serve.api.protocol import ChatRequest
 from gqa_serve.api.response_store import ResponseStore, StoredResponse
-from gqa_serve.api.responses_input import Conversation, read_input, turn_starts, without_oldest
+from gqa_serve.api.responses_input import Conversation, is_reference, read_input, turn_starts, without_oldest
 from gqa_serve.api.responses_protocol import (
     DeletedResponse,
     FunctionTool,
@@ -67,7 +67,8 @@ class Responses:
         previous = self._previous(fields)
         own_bytes = sum(memoryview(raw[name]).nbytes for name in ("input", "tools") if name in raw)
         size = own_bytes + (0 if previous is None else previous.chain_bytes())
-        items, own = await off_loop(size, lambda: self._items(fields, previous))
+        known = self._referenced(fields)
+        items, own = await off_loop(size, lambda: self._items(fields, previous, known))
         tools = self._tools.usable(fields)
         chat, chat_fields = await self._prepare(fields, items, tools, size)
         job = dataclasses.replace(chat.job, id=new_id("resp_"))
@@ -86,8 +87,12 @@ class Responses:
         chat = dataclasses.replace(chat, job=job)
         return await answer(request, context, ResponseReply(chat, context.tokenizer, response, keeping))
 
-    async def get(self, request: Request) -> Response:
-        """A stored response, as it was answered. Raises NotFoundError."""
+    async def stored(self, request: Request) -> Response:
+        """A stored response, as it was answered; or forget it. Raises NotFoundError."""
+        id = request.path_params["id"]
+        if request.method == "DELETE":
+            self._store.delete(id)
+            return _json_bytes(msgspec.json.encode(DeletedResponse(id)))
         if request.query_params.get("stream", "false") != "false":
             raise RequestError(
                 "A stored response is not streamed again; leave stream out.",
@@ -95,13 +100,7 @@ class Responses:
                 code="unsupported_parameter",
             )
         check_include(_query_list(request, "include"))
-        return _json_bytes(self._store.get(request.path_params["id"]).body)
-
-    async def delete(self, request: Request) -> Response:
-        """Forget a response. Raises NotFoundError."""
-        id = request.path_params["id"]
-        self._store.delete(id)
-        return _json_bytes(msgspec.json.encode(DeletedResponse(id)))
+        return _json_bytes(self._store.get(id).body)
 
     async def input_items(self, request: Request) -> Response:
         """What a response answered, in pages. Raises NotFoundError, RequestError."""
@@ -137,14 +136,19 @@ class Responses:
         id = fields.previous_response_id
         return None if id is None else self._store.get(id, param="previous_response_id")
 
+    def _referenced(self, fields: ResponsesRequest) -> dict[str, Item]:
+        """What the request's items may refer to; to be called on the event loop, where the store changes."""
+        value = fields.input
+        if value is None or isinstance(value, str) or not any(map(is_reference, value)):
+            return {}
+        return self._store.items()
+
     def _items(
-        self, fields: ResponsesRequest, previous: StoredResponse | None
+        self, fields: ResponsesRequest, previous: StoredResponse | None, known: dict[str, Item]
     ) -> tuple[PathItems, list[Item]]:
         """The whole conversation with the paths of its items, and the request's own part of it."""
-        known: dict[str, Item] = {}
 
         def resolve(id: str, param: str) -> Item:
-            known.update({} if known else self._store.items())
             if id not in known:
                 raise self._store.missing_item(id, param)
             return known[id]

@@ -10,8 +10,6 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import msgspec
-
 from gqa_serve.api.client_names import ClientNames
 from gqa_serve.api.errors import shorten
 from gqa_serve.api.params import FieldRules
@@ -21,7 +19,9 @@ from gqa_serve.api.protocol import (
     ChatRequest,
     FunctionDefinition,
     FunctionName,
+    JsonSchemaFormat,
     NamedTool,
+    ResponseFormat,
     Tool,
     ToolChoice,
 )
@@ -32,9 +32,9 @@ from gqa_serve.api.responses_protocol import (
     ReasoningEcho,
     ResponseObject,
     ResponsesRequest,
+    ResponseToolChoice,
     TextEcho,
     TextFormat,
-    ToolChoiceParam,
 )
 from gqa_serve.errors import RequestError
 
@@ -45,21 +45,9 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "conversation": (),
     "prompt": (),
     "context_management": ([],),
-    "moderation": (),
     "access_programs": (),
     "image": (),
     "n": (1,),
-    "messages": (),
-    "max_tokens": (),
-    "max_completion_tokens": (),
-    "response_format": (),
-    "reasoning_effort": (),
-    "logprobs": (False,),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
 }
 _LOGPROBS = "message.output_text.logprobs"
 # What `include` may ask for: log-probabilities; what reasoning items carry anyway (their text, in the open);
@@ -84,7 +72,7 @@ logger = logging.getLogger(__name__)
 
 def field_rules() -> FieldRules:
     """The rules of /v1/responses."""
-    return FieldRules(ResponsesRequest, _REFUSED)
+    return FieldRules.beside_chat(ResponsesRequest, _REFUSED)
 
 
 def wants_logprobs(fields: ResponsesRequest) -> bool:
@@ -174,7 +162,7 @@ class Tools:
             logger.warning("Passing over tools of type %r: this server runs no tools.", shorten(type))
 
 
-def _tool_choice(choice: str | ToolChoiceParam | None) -> str | ToolChoice | None:
+def _tool_choice(choice: str | ResponseToolChoice | None) -> str | ToolChoice | None:
     if choice is None or isinstance(choice, str):
         return choice
     if choice.type == "function":
@@ -237,15 +225,13 @@ def chat_request(
         messages.insert(0, ChatMessage("system", fields.instructions))
         paths.insert(0, "instructions")
     names |= {f"messages[{number}]": path for number, path in enumerate(paths)}
-    if isinstance(fields.tool_choice, ToolChoiceParam):
+    if isinstance(fields.tool_choice, ResponseToolChoice):
         for number in range(len(fields.tool_choice.tools or [])):
             names[f"tool_choice.allowed_tools.tools[{number}].function"] = f"tool_choice.tools[{number}]"
     for number, (path, _) in enumerate(tools):
         names[f"tools[{number}]"] = names[f"tools[{number}].function"] = path
     format = text_format(fields)
     same: dict[str, Any] = {name: getattr(fields, name) for name in _SAME_NAMES - _TRANSLATED}
-    if format.type != "text":
-        same["response_format"] = chat_format(format)
     request = ChatRequest(
         **same,
         messages=messages,
@@ -253,6 +239,7 @@ def chat_request(
         tool_choice=_tool_choice(fields.tool_choice),
         max_tokens=fields.max_output_tokens,
         logprobs=wants_logprobs(fields),
+        response_format=ResponseFormat(format.type, JsonSchemaFormat(format.schema)),
         reasoning_effort=None if fields.reasoning is None else fields.reasoning.effort,
     )
     return request, ClientNames(names)
@@ -288,23 +275,10 @@ def response_object(
     )
 
 
-def _choice_echo(choice: str | ToolChoiceParam | None) -> str | dict[str, Any]:
+def _choice_echo(choice: str | ResponseToolChoice | None) -> str | dict[str, Any]:
     if choice is None or isinstance(choice, str):
         return choice or "auto"
     if choice.type == "function":
         return {"type": "function", "name": choice.name}
     tools = [{"type": tool.type, "name": tool.name} for tool in choice.tools or []]
     return {"type": choice.type, "mode": choice.mode or "auto", "tools": tools}
-
-
-def chat_format(format: TextFormat) -> Any:
-    """`text.format` as chat completions spell it."""
-    value: dict[str, Any] = {"type": format.type}
-    if format.type == "json_schema":
-        value["json_schema"] = {
-            "name": format.name,
-            "schema": format.schema,
-            "strict": format.strict,
-            "description": format.description,
-        }
-    return msgspec.convert(value, ChatRequest.__annotations__["response_format"])

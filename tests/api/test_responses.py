@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import openai
+import pydantic
 import pytest
 from fake_engine import IM_END, IM_START, MAX_MODEL_LEN, MODEL, FakeEngine, Script, Server, serving
 from openai.types.responses import Response, ResponseItemList
@@ -149,7 +151,13 @@ def test_items_of_every_kind_become_a_conversation(client: openai.OpenAI, engine
                 "status": "completed",
                 "content": [{"type": "output_text", "text": "Ho", "annotations": []}],
             },
-            {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": "opaque"},
+            {
+                "type": "reasoning",
+                "id": "rs_1",
+                "summary": [],
+                "encrypted_content": "opaque",
+                "content": None,
+            },
             {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]},  # type: ignore[list-item]
             {"type": "message", "role": "user", "content": "Why?"},
         ],
@@ -341,6 +349,54 @@ def test_truncation_drops_the_oldest_turns(client: openai.OpenAI, engine: FakeEn
         client.responses.create(model=MODEL, input="x" * 600, truncation="auto")
 
 
+def test_a_long_conversation_with_references(client: openai.OpenAI, engine: FakeEngine) -> None:
+    first = client.responses.create(model=MODEL, input="A")
+    turns: list[Any] = []
+    for number in range(300):
+        turns += [{"role": "user", "content": f"{number} " + "x" * 80}, {"role": "assistant", "content": "B"}]
+    turns += [{"role": "user", "content": "C"}, {"type": "item_reference", "id": first.output[0].id}]
+    turns.append({"role": "user", "content": "D"})
+    client.responses.create(model=MODEL, input=turns, truncation="auto")
+    assert prompt_text(engine.requests[1]).endswith(
+        "<|im_start|>user\nC<|im_end|>\n<|im_start|>assistant\nHello world<|im_end|>\n"
+        "<|im_start|>user\nD<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+# --- structured output -------------------------------------------------------------------------------------
+
+
+class City(pydantic.BaseModel):
+    name: str
+    rivers: list[str]
+
+
+def test_parse_asks_for_a_schema_and_reads_the_answer(client: openai.OpenAI, engine: FakeEngine) -> None:
+    says(engine, '{"name": "Rome", "rivers": ["Tiber"]}')
+    answer = client.responses.parse(model=MODEL, input="Hi", text_format=City)
+    assert answer.output_parsed == City(name="Rome", rivers=["Tiber"])
+    grammar = engine.requests[0].params.grammar
+    assert grammar is not None
+    assert "rivers" in grammar
+    assert answer.text is not None
+    assert answer.text.format is not None
+    assert (answer.text.format.type, answer.text.format.name) == ("json_schema", "City")  # type: ignore[union-attr]
+
+
+def test_json_objects_are_asked_for_by_their_type(client: openai.OpenAI, engine: FakeEngine) -> None:
+    valid(client.responses.create(model=MODEL, input="Hi", text={"format": {"type": "json_object"}}))
+    assert engine.requests[0].params.grammar is not None
+
+
+def test_a_schema_that_cannot_be_enforced_is_refused(client: openai.OpenAI, engine: FakeEngine) -> None:
+    schema = {"type": "object", "properties": {"a": {"not": {"type": "string"}}}}
+    text = {"format": {"type": "json_schema", "name": "n", "schema": schema}}
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.responses.create(model=MODEL, input="Hi", text=text)  # type: ignore[arg-type]
+    assert caught.value.param == "text.format.schema"
+    assert not engine.requests
+
+
 # --- fields ------------------------------------------------------------------------------------------------
 
 
@@ -458,3 +514,10 @@ def test_a_whole_response_is_given_up_when_its_client_leaves(server: Server, eng
         while not engine.streams:
             pass
     # The fixture waits for the engine to be idle, and fails if it never is.
+
+
+def test_other_methods_are_told_which_there_are(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.APIStatusError) as caught:
+        client.put("/responses/resp_x", cast_to=object)
+    assert caught.value.status_code == 405
+    assert set(caught.value.response.headers["allow"].split(", ")) == {"DELETE", "GET", "HEAD"}
