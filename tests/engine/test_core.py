@@ -6,6 +6,7 @@ import functools
 import random
 from collections.abc import Callable
 
+import msgspec
 import pytest
 import torch
 from fake_runner import (
@@ -310,6 +311,25 @@ def test_eos_ends_unless_ignored(lookahead: bool) -> None:
     assert tokens_of(outputs["goes on"]) == [EOS] * 5
     assert outputs["goes on"][-1].finish_reason == "length"
     assert tokens_of(outputs["min"]).index(EOS) == 3
+
+
+def test_end_tokens_of_a_request_end_it_as_the_models_own_do(lookahead: bool) -> None:
+    prompt = prompt_of(5)
+    stream = expected(prompt, SamplingParams(max_tokens=12, ignore_eos=True))
+    end = stream[4]
+    first = stream.index(end)
+    engine = make_engine(lookahead)
+    for name, more in {"ends": {}, "goes on": {"ignore_eos": True}, "min": {"min_tokens": 8}}.items():
+        spec = request(name, prompt, **{"max_tokens": 12, "ignore_eos": False, **more})
+        engine.add(msgspec.structs.replace(spec, end_token_ids=(end,)))
+    outputs = run(engine)
+    assert tokens_of(outputs["ends"]) == stream[: first + 1]
+    last = outputs["ends"][-1]
+    assert (last.finish_reason, last.stop_token_id) == ("stop", end)
+    assert tokens_of(outputs["goes on"]) == stream
+    assert end not in tokens_of(outputs["min"])[:8]
+    with pytest.raises(RequestError, match="end_token_ids"):
+        engine.add(msgspec.structs.replace(request("bad", prompt), end_token_ids=(10**6,)))
 
 
 def test_the_context_length_ends_a_request(lookahead: bool) -> None:
