@@ -161,6 +161,9 @@ class ServerConfig:
     drain_timeout: float = setting(
         30.0, "seconds that running requests get to finish on shutdown", "server", low=0, metavar="S"
     )
+    max_stored_responses: int = setting(
+        1000, "responses of /v1/responses kept in memory for later requests; 0: none", "server", low=0
+    )
     log_level: str = setting(
         "info", "how much to log", "server", choices=("debug", "info", "warning", "error", "critical")
     )

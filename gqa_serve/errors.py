@@ -55,6 +55,8 @@ class ContextLengthError(RequestError):
             param=param,
             code="context_length_exceeded",
         )
+        self.num_prompt_tokens = num_prompt_tokens
+        self.max_model_len = max_model_len
 
 
 class NotFoundError(RequestError):

@@ -58,6 +58,7 @@ def test_every_field_is_a_flag_a_variable_and_a_line(tmp_path: Path) -> None:
         "prefix_caching": "false", "host": "h", "port": "9", "served_model_name": "n",
         "chat_template": "t", "api_key": "k", "api_key_file": "f", "cors_origins": "http://o",
         "root_path": "/r", "max_body_bytes": "2MiB", "drain_timeout": "1.5", "log_level": "debug",
+        "max_stored_responses": "7",
     }  # fmt: skip
     by_env = load(environ={f"GQA_SERVE_{name.upper()}": value for name, value in values.items()})
     file = tmp_path / "settings.yaml"

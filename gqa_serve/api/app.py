@@ -11,11 +11,13 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Lifespan
 
 from gqa_serve.api.access import with_access
+from gqa_serve.api.anthropic import AnthropicMessages
 from gqa_serve.api.chat import ChatCompletions
 from gqa_serve.api.completions import Completions
 from gqa_serve.api.docs import Docs
 from gqa_serve.api.errors import EXCEPTION_HANDLERS
 from gqa_serve.api.request_ids import RequestIds
+from gqa_serve.api.responses import Responses
 from gqa_serve.api.serving import ServingConfig, ServingContext, ServingEngine
 from gqa_serve.api.system import System
 from gqa_serve.engine.chat_template import ChatTemplate
@@ -47,9 +49,17 @@ def routes(context: ServingContext) -> list[Route]:
     """Every route; `openapi.py` describes the same ones."""
     system = System(context)
     docs = Docs(context)
+    responses = Responses(context)
+    messages = AnthropicMessages(context)
     return [
         Route("/v1/chat/completions", ChatCompletions(context).post, methods=["POST"]),
         Route("/v1/completions", Completions(context).post, methods=["POST"]),
+        Route("/v1/responses", responses.post, methods=["POST"]),
+        Route("/v1/responses/{id}", responses.get, methods=["GET"]),
+        Route("/v1/responses/{id}", responses.delete, methods=["DELETE"]),
+        Route("/v1/responses/{id}/input_items", responses.input_items, methods=["GET"]),
+        Route("/v1/messages", messages.post, methods=["POST"]),
+        Route("/v1/messages/count_tokens", messages.count, methods=["POST"]),
         Route("/v1/models", system.models),
         Route("/v1/models/{id:path}", system.model),
         Route("/health", system.health),

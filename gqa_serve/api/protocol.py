@@ -92,10 +92,61 @@ class ChatMessage(msgspec.Struct):
     audio: Any = None
 
 
+class FunctionDefinition(msgspec.Struct):
+    """A function the model may call; `parameters` is the JSON schema of its arguments."""
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(msgspec.Struct):
+    """A tool of the request; `type` "function" is the only one there is."""
+
+    type: str
+    function: FunctionDefinition | None = None
+
+
+class FunctionName(msgspec.Struct):
+    """A function chosen by its name."""
+
+    name: str
+
+
+class NamedTool(msgspec.Struct):
+    """A tool of the request, named."""
+
+    type: str
+    function: FunctionName | None = None
+
+
+class AllowedTools(msgspec.Struct):
+    """Some tools of the request, of which the model may ("auto") or must ("required") call one."""
+
+    mode: str
+    tools: list[NamedTool]
+
+
+class ToolChoice(msgspec.Struct):
+    """`tool_choice` as an object: `type` "function" names one tool, "allowed_tools" narrows the choice."""
+
+    type: str
+    function: FunctionName | None = None
+    allowed_tools: AllowedTools | None = None
+
+
 class ChatRequest(SamplingFields):
     """Body of POST /v1/chat/completions."""
 
     messages: list[ChatMessage]
+    tools: list[Tool] | None = None
+    tool_choice: str | ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    documents: list[dict[str, Any]] | None = None
+    echo: bool | None = None
+    return_token_ids: bool | None = None
+    prompt_logprobs: Int | None = None
     logprobs: bool | None = None
     top_logprobs: Int | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -114,7 +165,7 @@ class CompletionRequest(SamplingFields):
 
 # --- answers -----------------------------------------------------------------------------------------------
 
-ApiFinishReason = Literal["stop", "length"]
+ApiFinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class PromptTokensDetails(msgspec.Struct):
@@ -156,12 +207,29 @@ class ChatLogprobs(msgspec.Struct):
     refusal: None = None
 
 
+class AnswerFunction(msgspec.Struct):
+    """The function a generated call names, and its arguments as JSON text."""
+
+    name: str
+    arguments: str
+
+
+class AnswerToolCall(msgspec.Struct, kw_only=True):
+    """A generated tool call."""
+
+    id: str
+    type: str = "function"
+    function: AnswerFunction
+
+
 class AssistantMessage(msgspec.Struct, kw_only=True):
-    """The generated message."""
+    """The generated message; keys that come with reasoning and tools are absent without."""
 
     role: str = "assistant"
-    content: str
+    content: str | None
     refusal: None = None
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[AnswerToolCall] | UnsetType = UNSET
 
 
 class ChatChoice(msgspec.Struct):
@@ -185,11 +253,29 @@ class ChatCompletion(msgspec.Struct, kw_only=True):
     system_fingerprint: str
 
 
+class DeltaFunction(msgspec.Struct):
+    """The name, once, and pieces of the arguments of a tool call."""
+
+    name: str | UnsetType = UNSET
+    arguments: str | UnsetType = UNSET
+
+
+class DeltaToolCall(msgspec.Struct):
+    """What a chunk adds to tool call `index`; id, type and name come with its first."""
+
+    index: int
+    id: str | UnsetType = UNSET
+    type: str | UnsetType = UNSET
+    function: DeltaFunction | UnsetType = UNSET
+
+
 class Delta(msgspec.Struct):
     """What a chunk adds to the message; absent keys add nothing."""
 
     role: str | UnsetType = UNSET
-    content: str | UnsetType = UNSET
+    content: str | UnsetType | None = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[DeltaToolCall] | UnsetType = UNSET
 
 
 class ChatChunkChoice(msgspec.Struct):

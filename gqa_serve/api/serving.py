@@ -77,6 +77,9 @@ class ServingConfig(AccessConfig, Protocol):
     @property
     def drain_timeout(self) -> float: ...
 
+    @property
+    def max_stored_responses(self) -> int: ...
+
 
 @dataclasses.dataclass(frozen=True)
 class ServingContext:

@@ -23,6 +23,7 @@ MAX_STOP_STRINGS = 64
 MAX_STOP_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 1024
 MAX_LOGIT_BIAS = 1024
+MAX_GRAMMAR_CHARS = 256 * 1024
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -56,6 +57,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     n: int = 1
+    grammar: str | None = None
 
     def validate(self, vocab_size: int | None = None) -> None:
         """Raises RequestError, naming the field, if a value is of the wrong type or outside its range."""
@@ -79,6 +81,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
                 f"stop takes at most {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_CHARS} characters.",
                 param="stop",
             )
+        if self.grammar is not None and not 0 < len(self.grammar) <= MAX_GRAMMAR_CHARS:
+            raise RequestError(f"grammar takes 1 to {MAX_GRAMMAR_CHARS} characters.", param="grammar")
         self._validate_ids(vocab_size)
 
     def _validate_types(self) -> None:
