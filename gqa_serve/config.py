@@ -155,6 +155,12 @@ class ServerConfig:
     root_path: str = setting(
         "", "path prefix under which a proxy shows this server, e.g. /llm", "server", metavar="PATH"
     )
+    pooling: str = setting(
+        "last",
+        "/v1/embeddings: the hidden state of the last token, or the mean of all, where a request is silent",
+        "server",
+        choices=("last", "mean"),
+    )
     max_body_bytes: int = setting(
         16 * 2**20, "largest request body, e.g. 16MiB", "server", parse=parse_size, metavar="SIZE", low=1024
     )

@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from backend_choice import BACKENDS
@@ -15,6 +16,7 @@ from fake_runner import assert_conserved, request, run, tokens_of
 from gqa_serve import LLM, SamplingParams
 from gqa_serve.engine.backends import native_is_built
 from gqa_serve.engine.core import Engine
+from gqa_serve.engine.request import Pooling
 from gqa_serve.engine.tokenizer import Tokenizer, load_tokenizer
 
 TEXTS = [
@@ -60,6 +62,23 @@ def exact(request: pytest.FixtureRequest) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def engine(path: Path, exact: dict[str, Any]) -> Engine:
     return demo_engine(path, max_num_seqs=32, max_num_batched_tokens=512, **exact)
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_pooled_states_equal_transformers(
+    engine: Engine, model: Any, prompts: list[list[int]], pooling: Pooling
+) -> None:
+    for number, prompt in enumerate(prompts):
+        engine.add(request(str(number), prompt, pooling=pooling, max_tokens=0))
+    outputs = run(engine)
+    for number, prompt in enumerate(prompts):
+        with torch.inference_mode():
+            hidden = model.base_model(torch.tensor([prompt])).last_hidden_state[0].double()
+        wanted = (hidden[-1] if pooling == "last" else hidden.mean(dim=0)).numpy()
+        (output,) = outputs[str(number)]
+        assert output.pooled is not None
+        got = np.frombuffer(output.pooled, "<f4")
+        np.testing.assert_allclose(got, wanted, atol=1e-3 * np.abs(wanted).max())
 
 
 def test_logits_equal_transformers(engine: Engine, model: Any, prompts: list[list[int]]) -> None:

@@ -15,11 +15,13 @@ from gqa_serve.api.anthropic import AnthropicMessages
 from gqa_serve.api.chat import ChatCompletions
 from gqa_serve.api.completions import Completions
 from gqa_serve.api.docs import Docs
+from gqa_serve.api.embeddings import Embeddings
 from gqa_serve.api.errors import EXCEPTION_HANDLERS
 from gqa_serve.api.request_ids import RequestIds
 from gqa_serve.api.responses import Responses
 from gqa_serve.api.serving import ServingConfig, ServingContext, ServingEngine
 from gqa_serve.api.system import System
+from gqa_serve.api.tokenize import Tokenize
 from gqa_serve.engine.chat_template import ChatTemplate
 from gqa_serve.engine.tokenizer import Tokenizer
 
@@ -51,6 +53,7 @@ def routes(context: ServingContext) -> list[Route]:
     docs = Docs(context)
     responses = Responses(context)
     messages = AnthropicMessages(context)
+    tokenize = Tokenize(context)
     return [
         Route("/v1/chat/completions", ChatCompletions(context).post, methods=["POST"]),
         Route("/v1/completions", Completions(context).post, methods=["POST"]),
@@ -60,6 +63,12 @@ def routes(context: ServingContext) -> list[Route]:
         Route("/v1/responses/{id}/input_items", responses.input_items, methods=["GET"]),
         Route("/v1/messages", messages.post, methods=["POST"]),
         Route("/v1/messages/count_tokens", messages.count, methods=["POST"]),
+        Route("/v1/embeddings", Embeddings(context).post, methods=["POST"]),
+        Route("/tokenize", tokenize.tokenize, methods=["POST"]),
+        Route("/v1/tokenize", tokenize.tokenize, methods=["POST"]),
+        Route("/detokenize", tokenize.detokenize, methods=["POST"]),
+        Route("/v1/detokenize", tokenize.detokenize, methods=["POST"]),
+        Route("/tokenizer_info", tokenize.info),
         Route("/v1/models", system.models),
         Route("/v1/models/{id:path}", system.model),
         Route("/health", system.health),

@@ -1,50 +1,34 @@
-"""POST /v1/completions: one or many prompts, as text or token ids, continued.
+"""POST /v1/completions: one or many prompts, as text or token ids, continued, scored or filled in.
 
-Owns the reading of `prompt`, `echo` and the legacy logprobs; `serving.py` runs the generation. Knows no
-engine. Invariant: choices are ordered prompt-major (prompt 0's `n` choices, then prompt 1's), and token ids
-are used exactly as they came.
+Owns the reading of the request's own fields and the legacy shape of the answer; `prompts.py` reads prompts
+and `serving.py` runs the generation. Knows no engine. Invariant: choices are ordered prompt-major (prompt 0's
+`n` choices, then prompt 1's), and token ids are used exactly as they came.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
-
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
 from gqa_serve.api.chunks import ChunkReply
 from gqa_serve.api.json_guard import read_request
-from gqa_serve.api.logprobs import LegacyLogprobsWriter, join_legacy
+from gqa_serve.api.logprobs import LegacyLogprobsWriter, finite, join_legacy, prompt_logprobs
 from gqa_serve.api.params import (
     DEFAULT_COMPLETION_TOKENS,
     FieldRules,
+    candidate_count,
     check_capacity,
     choice_count,
     sampling_params,
 )
-from gqa_serve.api.protocol import (
-    CompletionRequest,
-    LegacyLogprobs,
-    Prompt,
-    TextChoice,
-    TextCompletion,
-    Usage,
-)
-from gqa_serve.api.serving import Job, ServingContext, answer, fingerprint, off_loop
+from gqa_serve.api.prompts import PromptInput, Truncation, count_prompts, encode_prompts, split_prompt
+from gqa_serve.api.protocol import CompletionRequest, LegacyLogprobs, TextChoice, TextCompletion, Usage
+from gqa_serve.api.serving import Job, ServingContext, answer, fingerprint
 from gqa_serve.api.text_stream import TextEvent
-from gqa_serve.engine.request import ModelInfo
-from gqa_serve.engine.tokenizer import Tokenizer
-from gqa_serve.errors import ContextLengthError, RequestError
-
-
-@dataclasses.dataclass(frozen=True)
-class PromptInput:
-    """One prompt: its token ids, and its text if that is how it came."""
-
-    ids: list[int]
-    text: str | None
-    param: str
+from gqa_serve.engine.fill_in_middle import FillInMiddle, find_fill_in_middle
+from gqa_serve.engine.request import MAX_LOGPROBS, ModelInfo, SamplingParams
+from gqa_serve.errors import RequestError
 
 
 class Completions:
@@ -53,6 +37,7 @@ class Completions:
     def __init__(self, context: ServingContext) -> None:
         self._context = context
         self._rules = FieldRules.completion()
+        self._markers = find_fill_in_middle(context.tokenizer)
 
     async def post(self, request: Request) -> Response:
         """Decode, check, tokenize, generate. Raises RequestError."""
@@ -62,20 +47,13 @@ class Completions:
         num_prompts = count_prompts(fields.prompt)
         n = choice_count(fields, num_prompts)
         self._rules.check(raw, n)
+        candidates = candidate_count(fields, n, num_prompts)
         info = context.ready_info()
-        check_capacity(info, num_prompts, n)
-        items = split_prompt(fields.prompt, info.max_model_len)
-        scores_prompt = fields.echo and fields.logprobs is not None
-        params = sampling_params(
-            fields,
-            info.generation_config,
-            default_max_tokens=DEFAULT_COMPLETION_TOKENS,
-            logprobs=fields.logprobs,
-            prompt_logprobs=fields.logprobs if scores_prompt else None,
-            vocab_size=info.vocab_size,
-        )
-        add_special = fields.add_special_tokens is not False
-        prompts = await _encode_all(items, context.tokenizer, info, add_special)
+        check_capacity(info, num_prompts, candidates, name="best_of" if candidates > n else "n")
+        markers = self._fill_in_middle(fields, info)
+        params = self._params(fields, info, ranks=candidates > n)
+        prompts = await self._encode(fields, info, params, markers)
+        engine_params = params if markers is None else _ending_with(params, markers, info.vocab_size)
         job = Job.new(
             "cmpl",
             kind="completion",
@@ -84,81 +62,97 @@ class Completions:
             fields=fields,
             prompts=[prompt.ids for prompt in prompts],
             params=[
-                params.fit(len(prompt.ids), info.max_model_len, param=prompt.param) for prompt in prompts
+                engine_params.fit(len(prompt.ids), info.max_model_len, param=prompt.param)
+                for prompt in prompts
             ],
-            n=n,
+            n=candidates,
         )
-        return await answer(request, context, CompletionReply(context, job, prompts, fields))
+        return await answer(request, context, CompletionReply(context, job, prompts, fields, n))
 
-
-def count_prompts(prompt: Prompt) -> int:
-    """How many prompts `prompt` holds: a string or a list of ids is one, a list of those many."""
-    return 1 if isinstance(prompt, str) or not prompt or isinstance(prompt[0], int) else len(prompt)
-
-
-def split_prompt(prompt: Prompt, max_model_len: int) -> list[tuple[str | list[int], str]]:
-    """`prompt` as single prompts, each with the path that names it in errors. Raises RequestError.
-
-    Lists of more than `max_model_len` ids are refused before anything is done with their members.
-    """
-    if isinstance(prompt, str):
-        return [(prompt, "prompt")]
-    if not prompt:
-        raise RequestError("prompt must not be empty.", param="prompt")
-    if isinstance(prompt[0], int):
-        _check_size(prompt, max_model_len, "prompt")
-    if all(isinstance(item, int) for item in prompt):
-        return [([item for item in prompt if isinstance(item, int)], "prompt")]
-    items: list[tuple[str | list[int], str]] = []
-    for number, item in enumerate(prompt):
-        if isinstance(item, int) or not isinstance(item, type(prompt[0])):
+    def _fill_in_middle(self, fields: CompletionRequest, info: ModelInfo) -> FillInMiddle | None:
+        """The markers to use, if there is a suffix. Raises RequestError if the model cannot fill in."""
+        if not fields.suffix:
+            return None
+        if self._markers is None or max(self._markers.ids) >= info.vocab_size:
             raise RequestError(
-                "prompt must be a string, a list of strings, a list of token ids or a list of such lists.",
-                param="prompt",
+                "suffix needs a model with fill-in-the-middle tokens, which this one does not have; "
+                "leave it out.",
+                param="suffix",
+                code="unsupported_parameter",
             )
-        if isinstance(item, list):
-            _check_size(item, max_model_len, f"prompt[{number}]")
-        items.append((item, f"prompt[{number}]"))
-    return items
+        if fields.echo and fields.logprobs is not None:
+            raise RequestError(
+                "echo with logprobs cannot be combined with suffix; use prompt_logprobs.", param="echo"
+            )
+        if fields.truncate_prompt_tokens is not None:
+            raise RequestError(
+                "truncate_prompt_tokens cannot be combined with suffix: it would cut the markers off.",
+                param="truncate_prompt_tokens",
+            )
+        return self._markers
+
+    def _params(self, fields: CompletionRequest, info: ModelInfo, *, ranks: bool) -> SamplingParams:
+        """What every choice is sampled with. Ranking needs log-probabilities, asked for or not."""
+        asked = fields.prompt_logprobs
+        if asked is not None and not 0 <= asked <= MAX_LOGPROBS:
+            raise RequestError(
+                f"prompt_logprobs must be between 0 and {MAX_LOGPROBS}, got {asked}.", param="prompt_logprobs"
+            )
+        wanted = [count for count in (asked, fields.logprobs if fields.echo else None) if count is not None]
+        return sampling_params(
+            fields,
+            info.generation_config,
+            default_max_tokens=DEFAULT_COMPLETION_TOKENS,
+            logprobs=0 if ranks and fields.logprobs is None else fields.logprobs,
+            prompt_logprobs=max(wanted, default=None),
+            vocab_size=info.vocab_size,
+        )
+
+    async def _encode(
+        self,
+        fields: CompletionRequest,
+        info: ModelInfo,
+        params: SamplingParams,
+        markers: FillInMiddle | None,
+    ) -> list[PromptInput]:
+        """The prompts as the engine gets them. Raises RequestError."""
+        tokenizer = self._context.tokenizer
+        add_special = fields.add_special_tokens is not False
+        truncation = Truncation.read(
+            fields.truncate_prompt_tokens, params.max_tokens or 0, info.max_model_len
+        )
+        suffix = fields.suffix or ""
+        tokenizer.check_length(len(suffix), info.max_model_len, param="suffix")
+
+        def encode(item: str | list[int]) -> list[int]:
+            if markers is not None:
+                return markers.encode(tokenizer, item, suffix, add_special_tokens=add_special)
+            if isinstance(item, list):
+                return item
+            return tokenizer.encode(item, add_special_tokens=add_special, parse_special=True)
+
+        items = split_prompt(fields.prompt, None if truncation.keep else info.max_model_len)
+        return await encode_prompts(items, tokenizer, info, encode, truncation, extra_chars=len(suffix))
 
 
-def _check_size(ids: Sequence[object], max_model_len: int, param: str) -> None:
-    if len(ids) > max_model_len:
-        raise ContextLengthError(len(ids), max_model_len, param=param)
+def _ending_with(params: SamplingParams, markers: FillInMiddle, vocab_size: int) -> SamplingParams:
+    """`params` that stop where a model stops filling in; with `ignore_eos` nothing of the kind stops it."""
+    if params.ignore_eos:
+        return params
+    ends = {*params.stop_token_ids, *(token for token in markers.end_ids if token < vocab_size)}
+    return msgspec.structs.replace(params, stop_token_ids=sorted(ends))
 
 
-async def _encode_all(
-    items: list[tuple[str | list[int], str]], tokenizer: Tokenizer, info: ModelInfo, add_special_tokens: bool
-) -> list[PromptInput]:
-    """Every prompt as token ids, none empty, each id in the vocabulary. Raises RequestError."""
-
-    def encode() -> list[PromptInput]:
-        prompts = []
-        for item, param in items:
-            if isinstance(item, str):
-                tokenizer.check_length(len(item), info.max_model_len, param=param)
-                ids = tokenizer.encode(item, add_special_tokens=add_special_tokens, parse_special=True)
-                prompts.append(PromptInput(ids, item, param))
-            else:
-                prompts.append(PromptInput(item, None, param))
-                _check_ids(item, info.vocab_size, param)
-            if not prompts[-1].ids:
-                raise RequestError(
-                    "The prompt has no tokens, and this model adds none by itself; send some text.",
-                    param=param,
-                )
-        return prompts
-
-    return await off_loop(sum(len(item) for item, _ in items), encode)
-
-
-def _check_ids(ids: list[int], vocab_size: int, param: str) -> None:
-    if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
-        raise RequestError(f"{param} holds token ids outside 0..{vocab_size - 1}.", param=param)
+def _mean_logprob(event: TextEvent) -> float:
+    """Log-probability per generated token, the one that ended the text included."""
+    entries = [*(event.logprobs or []), *([event.stop_logprobs] if event.stop_logprobs else [])]
+    if not entries:
+        return float("-inf")
+    return sum(finite(entry.logprob) for entry in entries) / len(entries)
 
 
 class CompletionReply(ChunkReply):
-    """Completion answers, whole and in chunks."""
+    """Completion answers, whole and in chunks. The job may have more candidates per prompt than `n`."""
 
     def __init__(
         self,
@@ -166,41 +160,65 @@ class CompletionReply(ChunkReply):
         job: Job,
         prompts: list[PromptInput],
         fields: CompletionRequest,
+        n: int,
     ) -> None:
         super().__init__(job)
         self._tokenizer = context.tokenizer
         self._prompts = prompts
-        self._echo = bool(fields.echo)
-        self._num_logprobs = fields.logprobs
+        self._fields = fields
+        self._n = n
+        self._as_ids = bool(fields.return_tokens_as_token_ids)
         self._show_special = not job.params[0].skip_special_tokens
         self._writers: dict[int, LegacyLogprobsWriter] = {}
 
     def _piece(self, event: TextEvent) -> TextChoice:
-        """What an event adds to its choice; the first one brings the echoed prompt."""
-        text, logprobs = event.text, self._logprobs(event)
-        if event.is_first and self._echo:
-            text = self._prompt_text(self._prompts[event.index // self.job.n]) + text
-        return TextChoice(text, event.index, logprobs, event.finish_reason)
+        """What an event adds to its choice; the first one brings what is told of the prompt."""
+        fields = self._fields
+        prompt = self._prompts[event.index // self.job.n]
+        piece = TextChoice(event.text, event.index, self._logprobs(event, prompt), event.finish_reason)
+        if event.finish_reason is not None:
+            piece.stop_reason = self._stop_reason(event)
+        if fields.return_token_ids:
+            piece.token_ids = event.token_ids
+        if not event.is_first:
+            return piece
+        if fields.echo:
+            piece.text = self._prompt_text(prompt) + piece.text
+        if fields.return_token_ids:
+            piece.prompt_token_ids = prompt.ids
+        if fields.prompt_logprobs is not None and event.prompt_logprobs is not None:
+            piece.prompt_logprobs = prompt_logprobs(
+                prompt.ids,
+                event.prompt_logprobs,
+                fields.prompt_logprobs,
+                self._tokenizer,
+                as_ids=self._as_ids,
+            )
+        return piece
+
+    def _stop_reason(self, event: TextEvent) -> str | int | None:
+        """The request's own stop that matched; one that comes with filling in is the end of the text."""
+        asked = isinstance(event.stop_reason, str) or event.stop_reason in (self._fields.stop_token_ids or [])
+        return event.stop_reason if asked else None
 
     def _prompt_text(self, prompt: PromptInput) -> str:
         if prompt.text is not None:
             return prompt.text
         return self._tokenizer.decode(prompt.ids, skip_special_tokens=not self._show_special)
 
-    def _logprobs(self, event: TextEvent) -> LegacyLogprobs | None:
-        if self._num_logprobs is None:
+    def _logprobs(self, event: TextEvent, prompt: PromptInput) -> LegacyLogprobs | None:
+        if self._fields.logprobs is None:
             return None
         if event.index not in self._writers:
             self._writers[event.index] = LegacyLogprobsWriter(
-                self._tokenizer, self._num_logprobs, self._show_special
+                self._tokenizer, self._fields.logprobs, self._show_special, as_ids=self._as_ids
             )
         writer = self._writers[event.index]
         pieces = []
-        if event.prompt_logprobs is not None and self._echo:
-            ids = self._prompts[event.index // self.job.n].ids
-            text = self._prompt_text(self._prompts[event.index // self.job.n])
-            pieces.append(writer.prompt(ids, event.prompt_logprobs, text))
-        pieces.append(writer.output(event.logprobs or []))
+        if event.prompt_logprobs is not None and self._fields.echo:
+            text = self._prompt_text(prompt)
+            pieces.append(writer.prompt(prompt.ids, event.prompt_logprobs, text))
+        pieces.append(writer.output(event.logprobs or [], event.stop_logprobs))
         return join_legacy(pieces)
 
     def _completion(self, choices: list[TextChoice]) -> TextCompletion:
@@ -217,14 +235,28 @@ class CompletionReply(ChunkReply):
         """One chunk per event that shows anything."""
         piece = self._piece(event)
         shows = piece.text or piece.finish_reason or (piece.logprobs is not None and piece.logprobs.tokens)
-        return [self._completion([piece])] if shows else []
+        return [self._completion([piece])] if shows or self._fields.return_token_ids else []
 
     def usage_chunk(self) -> TextCompletion:
         """No choices: clients must not look for text here."""
         return self._completion([])
 
     def whole(self, events: list[TextEvent], usage: Usage) -> TextCompletion:
-        """All choices at once."""
-        completion = self._completion([self._piece(event) for event in events])
+        """All choices at once, of each prompt's candidates the best."""
+        pieces = [self._piece(event) for event in self._best(events)]
+        for index, piece in enumerate(pieces):
+            piece.index = index
+        completion = self._completion(pieces)
         completion.usage = usage
         return completion
+
+    def _best(self, events: list[TextEvent]) -> list[TextEvent]:
+        """Of each prompt's candidates the `n` of the highest log-probability per token, best first."""
+        size = self.job.n
+        if size == self._n:
+            return events
+        best: list[TextEvent] = []
+        for begin in range(0, len(events), size):
+            ranked = sorted(events[begin : begin + size], key=_mean_logprob, reverse=True)
+            best += ranked[: self._n]
+        return best

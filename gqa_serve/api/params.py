@@ -15,11 +15,19 @@ import msgspec
 
 from gqa_serve.api.errors import shorten
 from gqa_serve.api.json_guard import RawFields, decode_field
-from gqa_serve.api.protocol import ChatRequest, CompletionRequest, SamplingFields
+from gqa_serve.api.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingRequest,
+    SamplingFields,
+    TokenizeRequest,
+)
 from gqa_serve.engine.request import MAX_LOGPROBS, ModelInfo, SamplingParams, sampling_defaults
 from gqa_serve.errors import RequestError
 
 MAX_CHOICES = 1024  # prompts times n; more is a mistake, and each choice is a request to the engine
+MAX_CANDIDATES = 128  # best_of
 MAX_WARNED_FIELDS = 64
 MAX_HARMLESS_BYTES = 256  # of a refused field's JSON: none of the harmless values is longer
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, for /v1/completions only
@@ -44,7 +52,6 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "web_search_options": (),
     "verbosity": ("medium",),
     "moderation": (),
-    "suffix": ("",),
     "chat_template": (),
     "structured_outputs": (),
     "guided_json": (),
@@ -57,19 +64,28 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "regex": (),
     "ebnf": (),
     "grammar": (),
-    "prompt_logprobs": (),
     "prompt_embeds": (),
     "use_beam_search": (False,),
     "length_penalty": (1.0,),
     "bad_words": ([],),
-    "allowed_token_ids": (),
-    "truncate_prompt_tokens": (),
-    "return_token_ids": (False,),
-    "return_tokens_as_token_ids": (False,),
     "logits_processors": ([],),
     "documents": ([],),
 }
-_REFUSED_CHAT = {**_REFUSED, "echo": (False,), "best_of": (1,)}
+_REFUSED_CHAT = {
+    **_REFUSED,
+    "echo": (False,),
+    "suffix": ("",),
+    "prompt_logprobs": (),
+    "truncate_prompt_tokens": (),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+}
+_REFUSED_EMBEDDING: dict[str, tuple[Any, ...]] = {
+    "messages": (),
+    "normalize": (True,),
+    "embed_dtype": ("float32",),
+    "endianness": ("native", "little"),
+}
 _REFUSED_COMPLETION = {**_REFUSED, "top_logprobs": (0,), "reasoning_effort": ()}
 
 logger = logging.getLogger(__name__)
@@ -99,6 +115,21 @@ class FieldRules:
         """The rules of /v1/completions."""
         return cls(CompletionRequest, _REFUSED_COMPLETION)
 
+    @classmethod
+    def embedding(cls) -> FieldRules:
+        """The rules of /v1/embeddings."""
+        return cls(EmbeddingRequest, _REFUSED_EMBEDDING)
+
+    @classmethod
+    def tokenize(cls) -> FieldRules:
+        """The rules of /tokenize: those of chat."""
+        return cls(TokenizeRequest, _REFUSED_CHAT)
+
+    @classmethod
+    def detokenize(cls) -> FieldRules:
+        """The rules of /detokenize."""
+        return cls(DetokenizeRequest, {})
+
     def covers(self, name: str) -> bool:
         """Whether a field is honoured, a documented no-op or refused, rather than unknown."""
         return name in self.fields or name in self.no_ops or name in self.refused or name == "best_of"
@@ -108,10 +139,14 @@ class FieldRules:
         for name, value in raw.items():
             if name in self.refused:
                 self._refuse(name, _small_value(name, value))
-            elif name == "best_of":
+            elif name == "best_of" and name not in self.fields:
                 best_of = _small_value(name, value)
                 if best_of is not None and best_of != n:
-                    raise RequestError("best_of must equal n: this server ranks no choices.", param=name)
+                    raise RequestError(
+                        f"best_of is not supported by this server's chat; leave it out (or send n, {n}).",
+                        param=name,
+                        code="unsupported_parameter",
+                    )
             elif not self.covers(name):
                 self._warn(name)
 
@@ -143,6 +178,20 @@ def _small_value(name: str, raw: msgspec.Raw) -> object:
     return decode_field(name, raw) if memoryview(raw).nbytes <= MAX_HARMLESS_BYTES else object()
 
 
+def candidate_count(fields: CompletionRequest, n: int, num_prompts: int) -> int:
+    """How many candidates each prompt gets, to return `n` of: `best_of`, else `n`. Raises RequestError."""
+    best_of = n if fields.best_of is None else fields.best_of
+    if not n <= best_of <= MAX_CANDIDATES or best_of * num_prompts > MAX_CHOICES:
+        raise RequestError(
+            f"best_of must be between n ({n}) and {MAX_CANDIDATES}, and at most {MAX_CHOICES} over all "
+            f"prompts; got {best_of}.",
+            param="best_of",
+        )
+    if best_of > n and fields.stream:
+        raise RequestError("best_of cannot rank choices that are streamed; send n alone.", param="best_of")
+    return best_of
+
+
 def choice_count(fields: SamplingFields, num_prompts: int = 1) -> int:
     """`n`, checked against its range and against `MAX_CHOICES` over all prompts. Raises RequestError."""
     n = 1 if fields.n is None else fields.n
@@ -156,14 +205,16 @@ def choice_count(fields: SamplingFields, num_prompts: int = 1) -> int:
     return n
 
 
-def check_capacity(info: ModelInfo, num_prompts: int, n: int) -> None:
+def check_capacity(
+    info: ModelInfo, num_prompts: int, n: int, *, name: str = "n", prompts: str = "prompt"
+) -> None:
     """Raises RequestError for more choices than the engine takes when it is idle: waiting cannot help."""
     limit = info.max_num_seqs + info.max_waiting
     if num_prompts * n > limit:
-        asked = f"n={n}" if num_prompts == 1 else f"{num_prompts} prompts with n={n}"
+        asked = f"{name}={n}" if num_prompts == 1 else f"{num_prompts} {prompts}s with {name}={n}"
         raise RequestError(
             f"{asked} is more than the {limit} choices this server can hold at once. Ask for fewer.",
-            param="n" if n > 1 else "prompt",
+            param=name if n > 1 else prompts,
         )
 
 
@@ -187,11 +238,25 @@ def sampling_params(
         raise RequestError(f"{limit_name} must not be negative, got {max_tokens}.", param=limit_name)
     if fields.top_k is not None and fields.top_k < -1:
         raise RequestError(f"top_k must be -1 (off) or at least 0, got {fields.top_k}.", param="top_k")
+    if fields.spaces_between_special_tokens and fields.skip_special_tokens is False:
+        raise RequestError(
+            "spaces_between_special_tokens is not supported: special tokens are shown without spaces. "
+            "Send false (or leave skip_special_tokens on).",
+            param="spaces_between_special_tokens",
+            code="unsupported_parameter",
+        )
     values = sampling_defaults(generation_config)
     for name in SamplingParams.__struct_fields__:
         value = getattr(fields, name, None)
-        if value is not None and name not in ("n", "logprobs", "max_tokens"):
+        if value is not None and name not in ("n", "logprobs", "prompt_logprobs", "max_tokens"):
             values[name] = value
+    if fields.repeat_penalty is not None:  # llama.cpp's name
+        if fields.repetition_penalty not in (None, fields.repeat_penalty):
+            raise RequestError(
+                "repeat_penalty and repetition_penalty are one setting and differ; send one of them.",
+                param="repeat_penalty",
+            )
+        values["repetition_penalty"] = fields.repeat_penalty
     if values.get("top_k") == -1:  # "off" as vLLM and transformers' users spell it
         values["top_k"] = 0
     if isinstance(fields.stop, str):

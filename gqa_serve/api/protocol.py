@@ -52,6 +52,12 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     priority: Int | None = None
     cache_salt: str | None = None
     add_special_tokens: bool | None = None
+    repeat_penalty: float | None = None
+    spaces_between_special_tokens: bool | None = None
+    allowed_token_ids: list[Int] | None = None
+    prompt_logprobs: Int | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
 
 
 class ContentPart(msgspec.Struct):
@@ -159,8 +165,40 @@ class CompletionRequest(SamplingFields):
     """Body of POST /v1/completions."""
 
     prompt: Prompt
+    suffix: str | None = None
     logprobs: Int | None = None
     echo: bool | None = None
+    best_of: Int | None = None
+    truncate_prompt_tokens: Int | None = None
+
+
+class EmbeddingRequest(msgspec.Struct, kw_only=True):
+    """Body of POST /v1/embeddings; `pooling` and what follows it are not OpenAI's."""
+
+    input: Prompt
+    model: str | None = None
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Int | None = None
+    pooling: Literal["last", "mean"] | None = None
+    add_special_tokens: bool | None = None
+    truncate_prompt_tokens: Int | None = None
+    priority: Int | None = None
+    cache_salt: str | None = None
+
+
+class TokenizeRequest(ChatRequest, kw_only=True):
+    """Body of POST /tokenize: a prompt, or any chat request, whose `messages` are counted as chat would."""
+
+    messages: list[ChatMessage] = []
+    prompt: str | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(msgspec.Struct, kw_only=True):
+    """Body of POST /detokenize."""
+
+    tokens: list[Int]
+    model: str | None = None
 
 
 # --- answers -----------------------------------------------------------------------------------------------
@@ -299,6 +337,18 @@ class ChatChunk(msgspec.Struct, kw_only=True):
     usage: Usage | UnsetType | None = UNSET
 
 
+class PromptLogprob(msgspec.Struct):
+    """What `prompt_logprobs` tells of one token at one place of a prompt, in vLLM's form."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
+"""One entry per prompt token, by token id; null for the first, which nothing precedes."""
+
+
 class LegacyLogprobs(msgspec.Struct):
     """Logprobs of a plain completion: four lists of one entry per token."""
 
@@ -315,6 +365,11 @@ class TextChoice(msgspec.Struct):
     index: int
     logprobs: LegacyLogprobs | None
     finish_reason: ApiFinishReason | None
+    # beyond OpenAI's, in vLLM's form
+    stop_reason: str | int | UnsetType | None = UNSET
+    token_ids: list[int] | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
 class TextCompletion(msgspec.Struct, kw_only=True):
@@ -327,6 +382,55 @@ class TextCompletion(msgspec.Struct, kw_only=True):
     system_fingerprint: str
     choices: list[TextChoice]
     usage: Usage | UnsetType | None = UNSET
+
+
+class Embedding(msgspec.Struct):
+    """One input's vector: numbers, or base64 of little-endian float32."""
+
+    index: int
+    embedding: list[float] | str
+    object: str = "embedding"
+
+
+class EmbeddingUsage(msgspec.Struct):
+    """Token counts over all inputs."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingList(msgspec.Struct, kw_only=True):
+    """Answer of POST /v1/embeddings."""
+
+    object: str = "list"
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
+
+
+class Tokenized(msgspec.Struct):
+    """Answer of POST /tokenize; `token_strs` are vocabulary entries as they are spelled there."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class Detokenized(msgspec.Struct):
+    """Answer of POST /detokenize."""
+
+    prompt: str
+
+
+class TokenizerInfo(msgspec.Struct, kw_only=True):
+    """Answer of GET /tokenizer_info."""
+
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    unk_token: str | None
+    vocab_size: int
 
 
 class ModelCard(msgspec.Struct, kw_only=True):

@@ -35,7 +35,7 @@ from gqa_serve.api.request_ids import client_request_id
 from gqa_serve.api.text_stream import Choice, Generation, TextEvent, TokenStream
 from gqa_serve.engine.chat_template import ChatTemplate
 from gqa_serve.engine.detokenizer import TextAssembler
-from gqa_serve.engine.request import EngineRequest, ModelInfo, SamplingParams
+from gqa_serve.engine.request import EngineRequest, ModelInfo, Pooling, SamplingParams
 from gqa_serve.engine.stop_strings import StopStrings
 from gqa_serve.engine.tokenizer import Tokenizer
 from gqa_serve.errors import EngineUnavailableError, NotFoundError, RequestError
@@ -79,6 +79,9 @@ class ServingConfig(AccessConfig, Protocol):
 
     @property
     def max_stored_responses(self) -> int: ...
+
+    @property
+    def pooling(self) -> str: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +151,7 @@ class Job:
     prompts: Sequence[Sequence[int]]
     params: Sequence[SamplingParams]  # one per prompt
     n: int
+    pooling: Pooling | None = None
 
     @classmethod
     def new(cls, prefix: str, **values: Any) -> Job:
@@ -168,6 +172,7 @@ class Job:
                 priority=self.fields.priority or 0,
                 group=f"{self.id}-{number}" if self.n > 1 else None,
                 cache_salt=self.fields.cache_salt,
+                pooling=self.pooling,
             )
             for number, (prompt, params) in enumerate(zip(self.prompts, silent, strict=True))
             for choice in range(self.n)

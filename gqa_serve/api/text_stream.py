@@ -46,6 +46,10 @@ class TextEvent:
     finish_reason: Literal["stop", "length"] | None = None
     stop_reason: str | int | None = None
     is_first: bool = False
+    stop_logprobs: TokenLogprobs | None = None
+    """Of the token that ended the text and is not shown in it; `logprobs` has no entry for that one."""
+    pooled: bytes | None = None
+    """What a request for pooled hidden states gave (`TokenOutput.pooled`)."""
 
 
 def merge_events(events: Sequence[TextEvent]) -> TextEvent:
@@ -61,6 +65,7 @@ def merge_events(events: Sequence[TextEvent]) -> TextEvent:
         logprobs=logprobs if any(event.logprobs is not None for event in events) else None,
         finish_reason=last.finish_reason,
         stop_reason=last.stop_reason,
+        stop_logprobs=last.stop_logprobs,
     )
 
 
@@ -129,6 +134,8 @@ class Generation:
             delta.finish_reason,
             delta.stop_reason,
             is_first,
+            delta.stop_logprobs,
+            output.pooled,
         )
 
     async def first_event(self, timeout_s: float) -> None:

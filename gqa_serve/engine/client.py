@@ -105,6 +105,7 @@ def _merge(first: TokenOutput, then: TokenOutput) -> TokenOutput:
         token_ids=first.token_ids + then.token_ids,
         logprobs=logprobs,
         prompt_logprobs=first.prompt_logprobs or then.prompt_logprobs,
+        pooled=first.pooled or then.pooled,
         num_cached_tokens=first.num_cached_tokens,
         finish_reason=then.finish_reason,
         stop_token_id=then.stop_token_id,

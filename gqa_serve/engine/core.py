@@ -28,11 +28,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
+
 from gqa_serve.engine.batch import PlanRow, StepPlan
 from gqa_serve.engine.block_pool import BlockPool
 from gqa_serve.engine.kv_manager import KVManager
 from gqa_serve.engine.request import EngineRequest, FinishReason, ModelInfo, Request, TokenOutput
-from gqa_serve.engine.sampler import SCORING_ROWS, Pending, PendingScores, RowOperations, Sample, Sampler
+from gqa_serve.engine.sampler import (
+    SCORING_ROWS,
+    Pending,
+    PendingScores,
+    PendingStates,
+    RowOperations,
+    Sample,
+    Sampler,
+)
 from gqa_serve.engine.scheduler import Scheduled, Scheduler, SchedulerLimits
 from gqa_serve.engine.transfer import select_rows
 from gqa_serve.errors import ContextLengthError, RequestError
@@ -44,6 +54,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_NOT_FINITE = "The hidden states of this request are not finite."
 _NO_TOKEN = "The logits of this request are not finite, or its parameters leave no token to choose."
 
 
@@ -78,14 +89,15 @@ class Runner(Protocol):
 
 @dataclass
 class _Step:
-    """A step in flight: its rows, who gets a token from it or has their whole prompt scored by it, and where
-    tokens and prompt log-probabilities (with the row they are of) will be."""
+    """A step in flight: its rows, who gets a token from it or ends with its prompt, and where tokens, prompt
+    log-probabilities and hidden states to be pooled (with the row they are of) will be."""
 
     scheduled: Scheduled
     sampling: list[Request]
-    scored: list[Request]
+    prompt_only: list[Request]
     samples: Pending | None
     prompt_scores: list[tuple[Request, PlanRow, list[PendingScores]]]
+    pooled: list[tuple[Request, PlanRow, PendingStates]]
 
 
 class Engine:
@@ -154,6 +166,8 @@ class Engine:
         if not spec.prompt:
             raise RequestError("The prompt is empty.", param="prompt")
         spec.params.validate(self.info.vocab_size)
+        if spec.pooling is not None and spec.params.max_tokens != 0:
+            raise RequestError("A request for pooling generates nothing: max_tokens must be 0.")
         if not all(0 <= token < self.info.vocab_size for token in spec.prompt):
             raise RequestError("The prompt holds a token id outside the vocabulary.", param="prompt")
         scoring_only = spec.params.max_tokens == 0
@@ -167,6 +181,7 @@ class Engine:
         tokens = None if previous is None or len(previous.tokens) == 0 else previous.tokens
         hidden = self.runner.execute(plan, tokens)
         prompt_scores = self._score_prompts(scheduled, hidden)
+        pooled = self._fetch_states(scheduled, hidden)
         ends = _last_logit_rows(scheduled)
         sampling = [request for request, _ in ends if request.params.max_tokens != 0]
         samples = None
@@ -174,15 +189,15 @@ class Engine:
             rows = [row for request, row in ends if request.params.max_tokens != 0]
             logits = self.runner.logits(select_rows(hidden, rows))
             samples = self.sampler.launch(logits, sampling)
-        elif not prompt_scores:
+        elif not prompt_scores and not pooled:
             samples = self.sampler.nothing(hidden)
         for request, row in scheduled:
             self.scheduler.launched(request, row)
         for index, request in enumerate(sampling):
             request.num_tokens += 1
             request.sample_row = index
-        scored = [request for request, _ in ends if request.params.max_tokens == 0]
-        return _Step(scheduled, sampling, scored, samples, prompt_scores)
+        prompt_only = [request for request, _ in ends if request.params.max_tokens == 0]
+        return _Step(scheduled, sampling, prompt_only, samples, prompt_scores, pooled)
 
     def _score_prompts(
         self, scheduled: Scheduled, hidden: torch.Tensor
@@ -203,6 +218,17 @@ class Engine:
             begin += row.num_logits
         return result
 
+    def _fetch_states(
+        self, scheduled: Scheduled, hidden: torch.Tensor
+    ) -> list[tuple[Request, PlanRow, PendingStates]]:
+        """The hidden states that this step computes for requests with `pooling`."""
+        result, end = [], 0
+        for request, row in scheduled:
+            begin, end = end, end + row.num_logits
+            if request.spec.pooling is not None and row.num_logits:
+                result.append((request, row, self.sampler.states(hidden[begin:end])))
+        return result
+
     def _collect(self) -> list[TokenOutput]:
         """Wait for the step that was launched first, and hand out what it gave."""
         step = self._in_flight.popleft()
@@ -211,6 +237,7 @@ class Engine:
             scores = [
                 [entry for part in parts for entry in part.result()] for *_, parts in step.prompt_scores
             ]
+            states = [pending.result() for *_, pending in step.pooled]
         except Exception as error:
             # What was launched on top of it read its tokens and its blocks.
             failed = [pair for failing in (step, *self._in_flight) for pair in failing.scheduled]
@@ -219,6 +246,8 @@ class Engine:
         self.num_failed_steps = 0
         for (request, row, _), entries in zip(step.prompt_scores, scores, strict=True):
             request.add_prompt_logprobs(row.start, entries)
+        for (request, row, _), hidden in zip(step.pooled, states, strict=True):
+            request.pool.add(row.start, hidden)
         for request, row in step.scheduled:
             if self.scheduler.holds(request):
                 self.scheduler.collected(request, row)
@@ -228,7 +257,18 @@ class Engine:
                 outputs.append(self._accept(request, sample))
             else:
                 self.num_discarded_tokens += 1
-        return outputs + [self._end(r, "length") for r in step.scored if self.scheduler.holds(r)]
+        return outputs + [self._end_prompt(r) for r in step.prompt_only if self.scheduler.holds(r)]
+
+    def _end_prompt(self, request: Request) -> TokenOutput:
+        """End a request that wanted nothing but its prompt computed: scored, pooled, or for the cache."""
+        if request.spec.pooling is None:
+            return self._end(request, "length")
+        vector = request.pool.mean() if request.spec.pooling == "mean" else request.pool.last()
+        if not np.isfinite(vector).all():
+            return self._end(request, "error", error=_NOT_FINITE)
+        output = self._end(request, "length")
+        output.pooled = vector.astype("<f4").tobytes()
+        return output
 
     def _fail(self, scheduled: Scheduled, error: Exception) -> list[TokenOutput]:
         """End the requests of a plan that could not be computed, those that have not ended since."""

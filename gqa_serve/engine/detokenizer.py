@@ -101,14 +101,15 @@ class TextDelta(msgspec.Struct, kw_only=True, omit_defaults=True):
     """What one `TokenOutput` adds to a choice.
 
     `token_ids` are the generated tokens it accounts for, the stop token included (usage counts it);
-    `logprobs` has no entry for a stop token that is not shown. The last delta has a `finish_reason`;
-    `stop_reason` is then the stop string that matched, or the `stop_token_ids` token that was generated, or
-    None (end of sequence, or another reason).
+    `logprobs` has no entry for a stop token that is not shown; its entry is `stop_logprobs`. The last delta
+    has a `finish_reason`; `stop_reason` is then the stop string that matched, or the `stop_token_ids` token
+    that was generated, or None (end of sequence, or another reason).
     """
 
     text: str = ""
     token_ids: list[int] = []
     logprobs: list[TokenLogprobs] | None = None
+    stop_logprobs: TokenLogprobs | None = None
     num_cached_tokens: int = 0
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
@@ -164,7 +165,10 @@ class TextAssembler:
             text, matched = self._match(self._detokenizer.finish())
             texts.append(text if matched is not None else text + self._stops.flush())
         delta.text = "".join(texts)
-        delta.logprobs = output.logprobs[:shown] if output.logprobs is not None else None
+        if output.logprobs is not None:
+            delta.logprobs = output.logprobs[:shown]
+            if shown < len(delta.token_ids):
+                delta.stop_logprobs = output.logprobs[shown]
         self._set_reason(delta, output, matched)
         return delta
 

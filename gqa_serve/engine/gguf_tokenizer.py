@@ -46,6 +46,11 @@ _NAMES = {
     "sep_token": "seperator_token_id",  # spelled so in the format
     "mask_token": "mask_token_id",
 }
+_FIM_NAMES = {  # newer name, older name
+    "fim_pre_token": ("fim_pre_token_id", "prefix_token_id"),
+    "fim_suf_token": ("fim_suf_token_id", "suffix_token_id"),
+    "fim_mid_token": ("fim_mid_token_id", "middle_token_id"),
+}
 
 
 def build_gguf_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
@@ -77,6 +82,10 @@ def gguf_special_tokens(metadata: Mapping[str, Any]) -> dict[str, str]:
     found = {}
     for name, key in _NAMES.items():
         token_id = metadata.get(_KEY + key, defaults.get(name))
+        if token_id is not None and 0 <= token_id < len(tokens):
+            found[name] = tokens[token_id]
+    for name, keys in _FIM_NAMES.items():
+        token_id = next((metadata[_KEY + key] for key in keys if _KEY + key in metadata), None)
         if token_id is not None and 0 <= token_id < len(tokens):
             found[name] = tokens[token_id]
     return found

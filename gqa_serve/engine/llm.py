@@ -11,9 +11,13 @@ Owns an `Engine`, its tokenizer and chat template. Not thread safe: one call at 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
+
+import msgspec
+import numpy as np
 
 from gqa_serve.config import EngineConfig
 from gqa_serve.engine.chat_prompt import encode_chat
@@ -21,11 +25,14 @@ from gqa_serve.engine.chat_template_files import load_chat_template
 from gqa_serve.engine.core import Engine
 from gqa_serve.engine.detokenizer import TextAssembler
 from gqa_serve.engine.model_runner import ModelRunner
+from gqa_serve.engine.pooling import unit_vector
 from gqa_serve.engine.request import (
     EngineRequest,
     FinishReason,
+    Pooling,
     SamplingParams,
     TokenLogprobs,
+    TokenOutput,
     sampling_defaults,
 )
 from gqa_serve.engine.tokenizer import load_tokenizer
@@ -58,6 +65,15 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     num_cached_tokens: int = 0
+
+
+@dataclasses.dataclass
+class EmbeddingOutput:
+    """A prompt and its vector [E] float32, of length 1."""
+
+    prompt: str | None
+    prompt_token_ids: list[int]
+    embedding: np.ndarray
 
 
 @dataclasses.dataclass
@@ -176,6 +192,39 @@ class LLM:
         for _, text in self._run([spec], {spec.request_id: choice}):
             yield text
 
+    def embed(
+        self, prompts: Prompt | Sequence[Prompt], *, pooling: Pooling = "last", dimensions: int | None = None
+    ) -> list[EmbeddingOutput]:
+        """Vectors of prompts, in one continuous batch: the hidden state after the final norm of the last
+        token, or the mean over all tokens, cut to its first `dimensions`, then scaled to length 1.
+
+        Raises RequestError, before anything is computed, if a prompt or an argument can't be used, and
+        EngineStepError if computing one fails.
+        """
+        if pooling not in ("last", "mean"):
+            raise RequestError(f"pooling must be 'last' or 'mean', got {pooling!r}.", param="pooling")
+        size = self.engine.info.hidden_size
+        if dimensions is not None and not 1 <= dimensions <= size:
+            raise RequestError(f"dimensions must be between 1 and {size}.", param="dimensions")
+        listed = _as_list(prompts)
+        nothing = SamplingParams(max_tokens=0)
+        specs = [
+            msgspec.structs.replace(spec, pooling=pooling)
+            for prompt in listed
+            for spec in self._specs(self._encode(prompt), nothing)
+        ]
+        vectors: dict[str, np.ndarray] = {}
+        for output in self._outputs(specs):
+            if output.pooled is None:
+                raise EngineStepError(output.error or "The engine gave no vector.")
+            vectors[output.request_id] = unit_vector(output.pooled, dimensions)
+        return [
+            EmbeddingOutput(
+                prompt if isinstance(prompt, str) else None, spec.prompt, vectors[spec.request_id]
+            )
+            for prompt, spec in zip(listed, specs, strict=True)
+        ]
+
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], **template_options: Any) -> list[int]:
         """Token ids of a conversation rendered by the chat template."""
         return encode_chat(self.tokenizer, self.chat_template, messages, **template_options)
@@ -208,30 +257,35 @@ class LLM:
     def _run(
         self, specs: Iterable[EngineRequest], choices: dict[str, _Choice]
     ) -> Iterator[tuple[_Choice, str]]:
-        """Step until every choice has ended, yielding text deltas; whatever happens, nothing stays queued."""
+        """Step until every choice has ended, yielding text deltas."""
+        with contextlib.closing(self._outputs(specs)) as outputs:
+            for output in outputs:
+                choice = choices[output.request_id]
+                delta = choice.assembler.feed(output)
+                if delta.error is not None:
+                    raise EngineStepError(delta.error)
+                if delta.finish_reason is not None and output.finish_reason is None:
+                    self.engine.abort(output.request_id)  # a stop string matched
+                result, into = choice.request, choice.output
+                into.text += delta.text
+                into.token_ids += delta.token_ids
+                if delta.logprobs is not None:
+                    into.logprobs = (into.logprobs or []) + delta.logprobs
+                into.finish_reason, into.stop_reason = delta.finish_reason, delta.stop_reason
+                result.prompt_logprobs = output.prompt_logprobs or result.prompt_logprobs
+                if into.index == 0:
+                    result.num_cached_tokens = output.num_cached_tokens
+                yield choice, delta.text
+
+    def _outputs(self, specs: Iterable[EngineRequest]) -> Generator[TokenOutput, None, None]:
+        """What the engine gives until all has ended, step by step; whatever happens, nothing stays queued."""
         added: list[str] = []
         try:
             for spec in specs:
                 self.engine.add(spec)
                 added.append(spec.request_id)
             while self.engine.has_work:
-                for output in self.engine.step():
-                    choice = choices[output.request_id]
-                    delta = choice.assembler.feed(output)
-                    if delta.error is not None:
-                        raise EngineStepError(delta.error)
-                    if delta.finish_reason is not None and output.finish_reason is None:
-                        self.engine.abort(output.request_id)  # a stop string matched
-                    result, into = choice.request, choice.output
-                    into.text += delta.text
-                    into.token_ids += delta.token_ids
-                    if delta.logprobs is not None:
-                        into.logprobs = (into.logprobs or []) + delta.logprobs
-                    into.finish_reason, into.stop_reason = delta.finish_reason, delta.stop_reason
-                    result.prompt_logprobs = output.prompt_logprobs or result.prompt_logprobs
-                    if into.index == 0:
-                        result.num_cached_tokens = output.num_cached_tokens
-                    yield choice, delta.text
+                yield from self.engine.step()
         finally:
             for request_id in added:
                 self.engine.abort(request_id)

@@ -110,6 +110,7 @@ class ModelRunner:
             max_num_seqs=config.max_num_seqs,
             max_waiting=config.max_waiting,
             generation_config=generation_config,
+            hidden_size=self.config.hidden_size,
         )
 
     @property

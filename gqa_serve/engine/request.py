@@ -14,9 +14,11 @@ from typing import Any, Literal
 
 import msgspec
 
+from gqa_serve.engine.pooling import Pool
 from gqa_serve.errors import ContextLengthError, RequestError
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+Pooling = Literal["last", "mean"]
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 64
@@ -24,6 +26,7 @@ MAX_STOP_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 1024
 MAX_LOGIT_BIAS = 1024
 MAX_GRAMMAR_CHARS = 256 * 1024
+MAX_ALLOWED_TOKEN_IDS = 1024
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -34,8 +37,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     the logits of tokens already generated; the repetition penalty divides (positive) or multiplies (negative)
     logits of tokens in the prompt or the output. `max_tokens` None means up to the context length.
     `logprobs` n returns the chosen token's log-probability and the n likeliest alternatives, taken from the
-    unmodified logits; `prompt_logprobs` does so for each prompt token. A `seed` makes a request's random
-    stream a function of (seed, position) alone, whatever else is in the batch.
+    unmodified logits; `prompt_logprobs` does so for each prompt token. `allowed_token_ids` are the only
+    tokens that may be chosen, the end of sequence among them or not. A `seed` makes a request's random stream
+    a function of (seed, position) alone, whatever else is in the batch.
     """
 
     max_tokens: int | None = None
@@ -54,6 +58,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     skip_special_tokens: bool = True
+    allowed_token_ids: list[int] | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     n: int = 1
@@ -136,8 +141,24 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
                 f"stop_token_ids takes at most {MAX_STOP_TOKEN_IDS} tokens, got {len(self.stop_token_ids)}.",
                 param="stop_token_ids",
             )
+        allowed = self.allowed_token_ids
+        if allowed is not None and not 1 <= len(allowed) <= MAX_ALLOWED_TOKEN_IDS:
+            raise RequestError(
+                f"allowed_token_ids takes 1 to {MAX_ALLOWED_TOKEN_IDS} tokens, got {len(allowed)}.",
+                param="allowed_token_ids",
+            )
+        if allowed is not None and self.min_tokens:
+            # The two together may leave no token to choose.
+            raise RequestError(
+                "allowed_token_ids cannot be combined with min_tokens; leave the end of sequence out of it.",
+                param="allowed_token_ids",
+            )
         limit = vocab_size if vocab_size is not None else math.inf
-        for name, ids in (("logit_bias", bias), ("stop_token_ids", self.stop_token_ids)):
+        for name, ids in (
+            ("logit_bias", bias),
+            ("stop_token_ids", self.stop_token_ids),
+            ("allowed_token_ids", allowed or ()),
+        ):
             for token in ids:
                 if not 0 <= token < limit:
                     raise RequestError(f"{name} holds token id {token}, outside the vocabulary.", param=name)
@@ -183,6 +204,9 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     `prompt` is token ids, used as they are. `max_tokens` in `params` has been resolved by the caller to a
     number that fits the context. Requests of a `group` have the same prompt and share its KV blocks even
     where prefix caching is off. Lower `priority` runs first. `cache_salt` separates prefix caches.
+
+    With `pooling` nothing is generated (`max_tokens` is 0): the answer is the hidden state, after the final
+    norm, of the prompt's last token, or the mean over all its tokens.
     """
 
     request_id: str
@@ -191,6 +215,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     priority: int = 0
     group: str | None = None
     cache_salt: str | None = None
+    pooling: Pooling | None = None
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -208,13 +233,15 @@ class TokenOutput(msgspec.Struct, kw_only=True, omit_defaults=True):
     Exactly one TokenOutput of a request has a `finish_reason`, and it is the last. On "stop",
     `stop_token_id` is the end-of-sequence or stop token that ended it; it is the last of `token_ids`.
     `prompt_logprobs` comes once, with the first output; its first entry is None (nothing precedes the first
-    token). `error` explains "error".
+    token). `pooled` comes with the one output of a request with `pooling`: E float32 numbers, little-endian,
+    not normalised. `error` explains "error".
     """
 
     request_id: str
     token_ids: list[int] = []
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None
+    pooled: bytes | None = None
     num_cached_tokens: int = 0
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
@@ -247,6 +274,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_waiting: int = 0
     generation_config: dict[str, Any] = {}
     """The checkpoint's generation_config.json: sampling defaults among others."""
+    hidden_size: int = 0
+    """Numbers in a hidden state, so in an embedding."""
 
 
 class Request:
@@ -276,6 +305,7 @@ class Request:
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0
         self.prompt_logprobs: list[TokenLogprobs | None] = []
+        self.pool = Pool()
         self.has_output = False
 
     @property
@@ -297,6 +327,11 @@ class Request:
     def scores_prompt(self) -> bool:
         """Whether prompt log-probabilities are wanted and not complete yet."""
         return self.params.prompt_logprobs is not None and not self.has_output
+
+    @property
+    def needs_whole_prompt(self) -> bool:
+        """Whether every prompt token's hidden state is needed, so that none may come from a cache."""
+        return self.scores_prompt or self.spec.pooling == "mean"
 
     def add_prompt_logprobs(self, start: int, entries: Iterable[TokenLogprobs]) -> None:
         """Those that a row beginning at `start` gave. After a preemption they all come again."""

@@ -93,6 +93,18 @@ class Pending:
         return samples
 
 
+class PendingStates:
+    """Hidden states [R, E] as they are, in float32, soon on the host."""
+
+    def __init__(self, hidden: torch.Tensor) -> None:
+        self._copy = HostCopy(hidden.float())
+
+    def result(self) -> np.ndarray:
+        """[R, E] float32; waits for the device."""
+        (states,) = self._copy.wait()
+        return states.numpy()
+
+
 class RowOperations(Protocol):
     """What a sampler does with whole rows of logits [R, V] float32; a backend may have its own.
 
@@ -149,6 +161,10 @@ class Sampler:
         """For a step that chooses no token, so that it is waited for like one that does. hidden [R, E]."""
         return Pending(hidden.new_empty(0, dtype=torch.int64), [])
 
+    def states(self, hidden: torch.Tensor) -> PendingStates:
+        """Hidden states [R, E] that nothing is chosen from: who asked for them pools them."""
+        return PendingStates(hidden)
+
     def score(self, logits: torch.Tensor, token_ids: Sequence[int], count: int) -> PendingScores:
         """Log-probabilities of given tokens, one per row of `logits` [R, V], beside the `count` likeliest."""
         return PendingScores(logits, to_device(token_ids, logits.device), count)
@@ -170,7 +186,7 @@ class Sampler:
     def _adjust(
         self, logits: torch.Tensor, requests: Sequence[Request], touched: Sequence[int]
     ) -> torch.Tensor:
-        """A copy of the logits with min_tokens, penalties and bias applied to the rows `touched`."""
+        """A copy of the logits, with penalties, bias, min_tokens and allowed tokens in the rows `touched`."""
         logits = logits.clone()
         penalised = [row for row in touched if requests[row].params.has_penalties]
         if penalised:
@@ -186,6 +202,10 @@ class Sampler:
             index = to_device(np.asarray([rows, columns]), logits.device)
             delta = to_device(np.asarray(values, np.float32), logits.device)
             logits.index_put_((index[0], index[1]), delta, accumulate=True)
+        for row in touched:
+            if (allowed := requests[row].params.allowed_token_ids) is not None:
+                kept = to_device(allowed, logits.device)
+                logits[row] = torch.full_like(logits[row], -torch.inf).index_copy_(0, kept, logits[row, kept])
         return logits
 
     def _apply_penalties(
@@ -244,7 +264,8 @@ class _TokenCounts:
 
 def _changes_logits(request: Request) -> bool:
     params = request.params
-    return bool(params.logit_bias) or params.has_penalties or request.num_output_tokens < params.min_tokens
+    bans = params.allowed_token_ids is not None or request.num_output_tokens < params.min_tokens
+    return bans or bool(params.logit_bias) or params.has_penalties
 
 
 def _choose(tokens: torch.Tensor, rows: Sequence[int], choices: torch.Tensor) -> torch.Tensor:

@@ -161,7 +161,7 @@ class Scheduler:
         still need for theirs and one more: admitting a prompt only to preempt it again would waste the work.
         """
         tokens = request.tokens
-        reuse = not request.scores_prompt
+        reuse = not request.needs_whole_prompt
         found = self.kv.start(request.request_id, tokens, self._salt(request), reuse)
         promised = sum(self._missing_blocks(other, other.num_tokens + 1) for other in self.running)
         if self.running and self._missing_blocks(request, len(tokens)) > self.kv.pool.num_free - promised:
@@ -199,7 +199,7 @@ class Scheduler:
         start = request.num_computed_tokens
         end = start + count
         num_logits = 1 if end == request.num_tokens else 0
-        if request.scores_prompt:
+        if request.needs_whole_prompt:
             num_logits = count
         token_ids, previous_row = request.tokens[start:end], -1
         if len(token_ids) < count:  # by one: the token that the step in flight chooses

@@ -44,6 +44,7 @@ class Tokenizer:
         self.pieces = PieceTable(backend)
         added = backend.get_added_tokens_decoder()
         self.special_ids: frozenset[int] = frozenset(id_ for id_, token in added.items() if token.special)
+        self._added: dict[str, int] = {token.content: id_ for id_, token in added.items()}
         self.special_texts: list[str] = [token.content for token in added.values() if token.special]
         self.vocab_size: int = vocab_size or max(backend.get_vocab(with_added_tokens=True).values()) + 1
         self.bos_token_id: int | None = self._id_of("bos_token")
@@ -111,6 +112,15 @@ class Tokenizer:
                 param=param,
                 code="context_length_exceeded",
             )
+
+    def token(self, token_id: int) -> str:
+        """The vocabulary entry as it is spelled there ("Ġthe"); "" for an id outside the vocabulary."""
+        text: str | None = self._backend.id_to_token(token_id)
+        return text or ""
+
+    def added_token_id(self, token: str) -> int | None:
+        """The id of the added (control or user-defined) token spelled exactly `token`, or None."""
+        return self._added.get(token)
 
     def token_id(self, token: str) -> int | None:
         """The id of the vocabulary entry spelled exactly `token`, or None."""

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import tokenizers
 import uvicorn
 from tokenizers import decoders, pre_tokenizers
@@ -31,6 +32,7 @@ MODEL = "fake/model"
 IM_START, IM_END = 256, 257
 VOCAB_SIZE = 258
 MAX_MODEL_LEN = 512
+HIDDEN_SIZE = 4
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
     "{% if not (loop.last and continue_final_message) %}<|im_end|>\n{% endif %}{% endfor %}"
@@ -66,6 +68,7 @@ def fake_info(**changes: object) -> ModelInfo:
         "backend": "reference",
         "max_num_seqs": 8,
         "max_waiting": 1016,
+        "hidden_size": HIDDEN_SIZE,
     }
     return ModelInfo(**{**values, **changes})  # type: ignore[arg-type]
 
@@ -169,6 +172,13 @@ class FakeEngine:
         params = request.params
         if params.max_tokens is None:
             raise AssertionError("the API must resolve max_tokens")
+        if request.pooling is not None:
+            assert params.max_tokens == 0
+            ids = request.prompt
+            vector = {"last": [ids[-1], 1, 0, -2], "mean": [sum(ids) / len(ids), 0, 0, 0]}[request.pooling]
+            output = TokenOutput(request_id=request.request_id, pooled=np.array(vector, "<f4").tobytes())
+            output.finish_reason, output.error = script.finish or "length", script.error
+            return [output]
         steps = [self._ids(piece) for piece in script.pieces]
         ends_itself = script.finish is None and script.fault is None
         if ends_itself:

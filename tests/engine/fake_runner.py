@@ -19,8 +19,8 @@ import torch
 from gqa_serve.config import EngineConfig
 from gqa_serve.engine.batch import ForwardBatch, StepPlan
 from gqa_serve.engine.core import Engine
-from gqa_serve.engine.request import EngineRequest, ModelInfo, SamplingParams, TokenOutput
-from gqa_serve.engine.sampler import Pending, PendingScores, Sampler, TorchRows
+from gqa_serve.engine.request import EngineRequest, ModelInfo, Pooling, SamplingParams, TokenOutput
+from gqa_serve.engine.sampler import Sampler, TorchRows
 
 VOCAB = 97
 EOS = 3
@@ -71,9 +71,9 @@ class DeviceRows(TorchRows):
 
 
 class Watched:
-    """A `Pending` or `PendingScores`, which may be collected once; `on_collect` may raise then."""
+    """Something pending, which may be collected once; `on_collect` may raise then."""
 
-    def __init__(self, pending: Pending | PendingScores, on_collect: Callable[[], None] | None) -> None:
+    def __init__(self, pending: Any, on_collect: Callable[[], None] | None) -> None:
         self.pending = pending
         self.on_collect = on_collect
         self.collected = False
@@ -83,13 +83,13 @@ class Watched:
     def tokens(self) -> torch.Tensor:
         return self.pending.tokens
 
-    def result(self) -> list[Any]:
+    def result(self) -> Any:
         assert not self.collected, "collected twice"
         self.collected = True
         if self.on_collect is not None:
             self.on_collect()
         with OnDevice.done():
-            result: list[Any] = self.pending.result()
+            result: Any = self.pending.result()
         self.num_collected = len(result)
         return result
 
@@ -112,6 +112,9 @@ class WatchedSampler(Sampler):
 
     def score(self, *args: Any) -> Any:
         return Watched(super().score(*args), self.on_collect)
+
+    def states(self, *args: Any) -> Any:
+        return Watched(super().states(*args), self.on_collect)
 
 
 def context_hash(tokens: Sequence[int]) -> int:
@@ -222,7 +225,12 @@ def expected(prompt: Sequence[int], params: SamplingParams, max_model_len: int =
 
 
 def request(
-    request_id: str, prompt: Sequence[int], group: str | None = None, priority: int = 0, **params: object
+    request_id: str,
+    prompt: Sequence[int],
+    group: str | None = None,
+    priority: int = 0,
+    pooling: Pooling | None = None,
+    **params: object,
 ) -> EngineRequest:
     params = {"temperature": 0.0, "max_tokens": 8, "ignore_eos": True, **params}
     return EngineRequest(
@@ -231,6 +239,7 @@ def request(
         params=SamplingParams(**params),
         group=group,
         priority=priority,
+        pooling=pooling,
     )
 
 

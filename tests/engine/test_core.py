@@ -627,16 +627,19 @@ KINDS: dict[str, dict[str, object]] = {
     "scored": {"prompt_logprobs": 1, "logprobs": 1},
     "scored only": {"prompt_logprobs": 0, "max_tokens": 0},
     "one token": {"max_tokens": 1},
+    "allowed": {"allowed_token_ids": [5, 7, 11], "temperature": 1.0, "seed": 3},
+    "last state": {"max_tokens": 0, "pooling": "last"},
+    "mean state": {"max_tokens": 0, "pooling": "mean"},
 }
 
 
 @functools.cache
 def alone(kind: str, length: int, like: int) -> tuple[list[int], object]:
-    """Tokens and the first output's prompt log-probabilities of a request that has the engine to itself."""
+    """Tokens of a request that has the engine to itself, and what its first output tells of the prompt."""
     engine = make_engine(False, num_blocks=14)
     engine.add(request("x", prompt_of(40, like)[:length], **{"max_tokens": 6, **KINDS[kind]}))
     outputs = run(engine)["x"]
-    return tokens_of(outputs), outputs[0].prompt_logprobs
+    return tokens_of(outputs), (outputs[0].prompt_logprobs, outputs[0].pooled)
 
 
 class EngineMachine(RuleBasedStateMachine):
@@ -741,11 +744,11 @@ class EngineMachine(RuleBasedStateMachine):
         assert_conserved(self.engine)
         assert self.engine.scheduler.kv.pool.num_free == 14
         for name, outputs in self.produced.items():
-            tokens, prompt_logprobs = self.wanted[name]
+            tokens, of_prompt = self.wanted[name]
             whole = bool(outputs) and outputs[-1].finish_reason in ("length", "stop")
             assert tokens_of(outputs) == (tokens if whole else tokens[: len(tokens_of(outputs))])
             if outputs and outputs[0].finish_reason != "error":
-                assert outputs[0].prompt_logprobs == prompt_logprobs
+                assert (outputs[0].prompt_logprobs, outputs[0].pooled) == of_prompt
 
 
 class MachineAtOnce(EngineMachine):
