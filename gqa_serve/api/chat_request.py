@@ -17,6 +17,7 @@ from gqa_serve.api.message_parts import MessageParser, PlainParser
 from gqa_serve.api.params import check_capacity, choice_count, sampling_params
 from gqa_serve.api.protocol import ChatMessage, ChatRequest, ContentPart
 from gqa_serve.api.serving import Job, ServingContext, fingerprint, off_loop
+from gqa_serve.api.structured_fields import structured_grammar
 from gqa_serve.engine.chat_prompt import encode_chat
 from gqa_serve.engine.chat_template import ChatTemplate, check_template_kwargs
 from gqa_serve.engine.request import MAX_LOGPROBS
@@ -64,6 +65,7 @@ async def prepare_chat(
         logprobs=num_logprobs,
         prompt_logprobs=None,
         vocab_size=info.vocab_size,
+        grammar=await structured_grammar(fields, context.tokenizer),
     )
     prompt = await _encode(context, fields, messages, size, info.max_model_len)
     job = Job.new(

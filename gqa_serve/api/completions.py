@@ -25,6 +25,7 @@ from gqa_serve.api.params import (
 from gqa_serve.api.prompts import PromptInput, Truncation, count_prompts, encode_prompts, split_prompt
 from gqa_serve.api.protocol import CompletionRequest, LegacyLogprobs, TextChoice, TextCompletion, Usage
 from gqa_serve.api.serving import Job, ServingContext, answer, fingerprint
+from gqa_serve.api.structured_fields import structured_grammar
 from gqa_serve.api.text_stream import TextEvent
 from gqa_serve.engine.fill_in_middle import FillInMiddle, find_fill_in_middle
 from gqa_serve.engine.request import MAX_LOGPROBS, ModelInfo, SamplingParams
@@ -51,7 +52,8 @@ class Completions:
         info = context.ready_info()
         check_capacity(info, num_prompts, candidates, name="best_of" if candidates > n else "n")
         markers = self._fill_in_middle(fields, info)
-        params = self._params(fields, info, ranks=candidates > n)
+        grammar = await structured_grammar(fields, context.tokenizer)
+        params = self._params(fields, info, grammar, ranks=candidates > n)
         prompts = await self._encode(fields, info, params, markers)
         engine_params = params if markers is None else _ending_with(params, markers, info.vocab_size)
         job = Job.new(
@@ -91,7 +93,9 @@ class Completions:
             )
         return self._markers
 
-    def _params(self, fields: CompletionRequest, info: ModelInfo, *, ranks: bool) -> SamplingParams:
+    def _params(
+        self, fields: CompletionRequest, info: ModelInfo, grammar: str | None, *, ranks: bool
+    ) -> SamplingParams:
         """What every choice is sampled with. Ranking needs log-probabilities, asked for or not."""
         asked = fields.prompt_logprobs
         if asked is not None and not 0 <= asked <= MAX_LOGPROBS:
@@ -106,6 +110,7 @@ class Completions:
             logprobs=0 if ranks and fields.logprobs is None else fields.logprobs,
             prompt_logprobs=max(wanted, default=None),
             vocab_size=info.vocab_size,
+            grammar=grammar,
         )
 
     async def _encode(

@@ -45,7 +45,6 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
@@ -53,17 +52,9 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "verbosity": ("medium",),
     "moderation": (),
     "chat_template": (),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_decoding_backend": (),
+    "guided_decoding_backend": ("auto", "guidance"),
     "guided_whitespace_pattern": (),
-    "json_schema": (),
-    "regex": (),
-    "ebnf": (),
-    "grammar": (),
+    "structural_tag": (),
     "prompt_embeds": (),
     "use_beam_search": (False,),
     "length_penalty": (1.0,),
@@ -226,6 +217,7 @@ def sampling_params(
     logprobs: int | None,
     prompt_logprobs: int | None,
     vocab_size: int,
+    grammar: str | None = None,
 ) -> SamplingParams:
     """What `fields` ask for, the checkpoint's defaults where they are silent. Raises RequestError.
 
@@ -248,7 +240,7 @@ def sampling_params(
     values = sampling_defaults(generation_config)
     for name in SamplingParams.__struct_fields__:
         value = getattr(fields, name, None)
-        if value is not None and name not in ("n", "logprobs", "prompt_logprobs", "max_tokens"):
+        if value is not None and name not in ("n", "logprobs", "prompt_logprobs", "max_tokens", "grammar"):
             values[name] = value
     if fields.repeat_penalty is not None:  # llama.cpp's name
         if fields.repetition_penalty not in (None, fields.repeat_penalty):
@@ -268,7 +260,7 @@ def sampling_params(
             f"logprobs must be between 0 and {MAX_LOGPROBS}, got {logprobs}.", param="logprobs"
         )
     values["max_tokens"] = default_max_tokens if max_tokens is None else max_tokens
-    params = SamplingParams(**values, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
+    params = SamplingParams(**values, logprobs=logprobs, prompt_logprobs=prompt_logprobs, grammar=grammar)
     params.validate(vocab_size)
     return params
 

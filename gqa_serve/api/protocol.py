@@ -25,6 +25,38 @@ class StreamOptions(msgspec.Struct):
     include_obfuscation: bool | None = None  # nothing to obfuscate: chunks are not padded
 
 
+class JsonSchemaFormat(msgspec.Struct):
+    """`response_format.json_schema`. The schema is enforced with `strict` and without."""
+
+    schema: Any = UNSET
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(msgspec.Struct):
+    """What the whole output must be; `schema` is llama.cpp's, beside json_object."""
+
+    type: str
+    json_schema: JsonSchemaFormat | None = None
+    schema: Any = UNSET
+
+
+class StructuredOutputs(msgspec.Struct, forbid_unknown_fields=True):
+    """vLLM's way to ask for structured output: exactly one of the first five."""
+
+    json: Any = UNSET
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    disable_fallback: bool | None = None  # nothing falls back here
+    disable_any_whitespace: Literal[False] | None = None
+    disable_additional_properties: Literal[False] | None = None
+    whitespace_pattern: None = None
+    structural_tag: None = None
+
+
 class SamplingFields(msgspec.Struct, kw_only=True):
     """What chat and plain completions have in common."""
 
@@ -58,6 +90,16 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     prompt_logprobs: Int | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Any = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    json_schema: Any = None
+    regex: str | None = None
+    ebnf: str | None = None
+    grammar: str | None = None
 
 
 class ContentPart(msgspec.Struct):

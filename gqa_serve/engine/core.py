@@ -11,6 +11,11 @@ never waits for the host:
     step()    launch 2   collect 1     2 continues from tokens that only the device knows
     step()    launch 3   collect 2     what 2 computed for a request that ended in 1 is dropped
 
+A request with a grammar waits outside the scheduler until its constraint is there. From then on the host must
+know its last token before its next step is launched; that token given, the constraint names the tokens that
+must follow, which are computed like a piece of prompt, and computes the mask of the one after them while the
+next step runs.
+
 The device works in the order it is told. Blocks freed while a step in flight still writes to them may thus be
 handed out at once: whoever gets them writes later.
 
@@ -25,13 +30,15 @@ import logging
 import random
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
 from gqa_serve.engine.batch import PlanRow, StepPlan
 from gqa_serve.engine.block_pool import BlockPool
+from gqa_serve.engine.constraints import Constraint, ConstraintError, ConstraintService
 from gqa_serve.engine.kv_manager import KVManager
 from gqa_serve.engine.request import EngineRequest, FinishReason, ModelInfo, Request, TokenOutput
 from gqa_serve.engine.sampler import (
@@ -55,6 +62,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _NOT_FINITE = "The hidden states of this request are not finite."
+_CONSTRAINT_PATIENCE_S = 0.02  # how long a step with nothing else to do waits for a constraint
 _NO_TOKEN = "The logits of this request are not finite, or its parameters leave no token to choose."
 
 
@@ -100,11 +108,26 @@ class _Step:
     pooled: list[tuple[Request, PlanRow, PendingStates]]
 
 
+class _Ending(NamedTuple):
+    """Why a request ends, and the end-of-sequence or stop token that says so, if one does."""
+
+    reason: FinishReason
+    stop_token_id: int | None = None
+    error: str | None = None
+
+
 class Engine:
     """One model, one KV cache, many requests."""
 
-    def __init__(self, runner: Runner, config: EngineConfig) -> None:
+    def __init__(
+        self, runner: Runner, config: EngineConfig, constraints: ConstraintService | None = None
+    ) -> None:
         self.runner = runner
+        self._constraints = constraints
+        self._unconstrained: dict[str, tuple[Request, Future[Constraint]]] = {}
+        """Requests whose constraint is being made."""
+        self._changed: list[tuple[Constraint, bool]] = []
+        """Constraints whose masks nobody computes yet, and whether their ends are to be avoided."""
         self.info = runner.info
         limits = SchedulerLimits(config.max_num_seqs, config.max_num_batched_tokens)
         kv = KVManager(BlockPool(self.info.num_blocks, self.info.block_size))
@@ -122,30 +145,37 @@ class Engine:
     @property
     def num_requests(self) -> int:
         """Requests that have not ended."""
-        return len(self.scheduler)
+        return len(self.scheduler) + len(self._unconstrained)
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would compute or collect something."""
-        return len(self.scheduler) > 0 or len(self._in_flight) > 0
+        """Whether a step would compute or collect something, or wait for a constraint."""
+        return self.num_requests > 0 or len(self._in_flight) > 0
 
     def add(self, spec: EngineRequest) -> None:
         """Queue a request. Raises RequestError (and queues nothing) if it can't be computed."""
         self._check(spec)
         seed = self._seeds.getrandbits(63) if spec.params.seed is None else spec.params.seed
-        self.scheduler.add(Request(spec, self._arrivals, seed, self.info.max_model_len))
+        request = Request(spec, self._arrivals, seed, self.info.max_model_len)
         self._arrivals += 1
+        if self._constraints is None or spec.params.grammar is None or spec.params.max_tokens == 0:
+            self.scheduler.add(request)
+        else:
+            self._unconstrained[spec.request_id] = request, self._constraints.begin(spec.params.grammar)
 
     def abort(self, request_id: str) -> bool:
         """End a request at once, freeing its blocks, without an output. False if it has ended already."""
+        if self._unconstrained.pop(request_id, None) is not None:
+            return True
         self.sampler.forget(request_id)
         return self.scheduler.remove(request_id) is not None
 
     def step(self) -> list[TokenOutput]:
         """Launch a step and collect one; the outputs of the requests that got tokens or ended in that."""
-        outputs: list[TokenOutput] = []
+        outputs = self._admit_constrained()
         if any(request.needs_last_token for step in self._in_flight for request in step.sampling):
             outputs += self._collect()
+        self._prepare_masks()
         scheduled = self.scheduler.schedule()
         failure: Exception | None = None
         if scheduled:
@@ -158,11 +188,14 @@ class Engine:
             outputs += self._collect()
         if failure is not None:
             outputs += self._fail(scheduled, failure)
+        self._prepare_masks()
         return outputs
 
     def _check(self, spec: EngineRequest) -> None:
-        if self.scheduler.get(spec.request_id) is not None:
+        if self.scheduler.get(spec.request_id) is not None or spec.request_id in self._unconstrained:
             raise RequestError(f"Request id {spec.request_id!r} is in use.")
+        if spec.params.grammar is not None and self._constraints is None:
+            raise RequestError("This engine has no grammars.", param="grammar")
         if not spec.prompt:
             raise RequestError("The prompt is empty.", param="prompt")
         spec.params.validate(self.info.vocab_size)
@@ -173,6 +206,62 @@ class Engine:
         scoring_only = spec.params.max_tokens == 0
         if len(spec.prompt) + (not scoring_only) > self.info.max_model_len:
             raise ContextLengthError(len(spec.prompt), self.info.max_model_len, param="prompt")
+
+    def _admit_constrained(self) -> list[TokenOutput]:
+        """Hand requests to the scheduler whose constraints are there; outputs of those that end by it."""
+        if not self._unconstrained:
+            return []
+        if len(self.scheduler) == 0 and not self._in_flight:
+            futures = [future for _, future in self._unconstrained.values()]
+            wait(futures, timeout=_CONSTRAINT_PATIENCE_S, return_when=FIRST_COMPLETED)
+        outputs = []
+        for request, future in list(self._unconstrained.values()):
+            if future.done():
+                del self._unconstrained[request.request_id]
+                self.scheduler.add(request)
+                try:
+                    request.constraint = future.result()
+                    end = self._follow(request)
+                except ConstraintError as error:
+                    end = _Ending("error", error=str(error))
+                if end is not None:
+                    outputs.append(self._end(request, end))
+        return outputs
+
+    def _follow(self, request: Request) -> _Ending | None:
+        """After the last known token: append those that must come next, and tell whether that is the end.
+
+        They are computed in the next step, as a chunk. Raises ConstraintError.
+        """
+        constraint = request.constraint
+        assert constraint is not None
+        if request.takes_forced_tokens and not constraint.finished:
+            forced = []
+            for token in constraint.forced():
+                if self._is_banned(request, token):
+                    break  # by min_tokens; there will be no token to choose
+                forced.append(token)
+                request.tokens.append(token)
+                request.num_tokens += 1
+                if self._ends_by(request, token) is not None:
+                    break
+            request.unsent += forced
+            constraint.append(forced)
+            if forced and (end := self._ends_by(request, forced[-1])) is not None:
+                return end
+        if constraint.finished:
+            return _Ending("stop")
+        params = request.params
+        avoid_end = params.ignore_eos or len(request.tokens) - request.num_prompt_tokens < params.min_tokens
+        self._changed.append((constraint, avoid_end))
+        return None
+
+    def _prepare_masks(self) -> None:
+        """Have the masks computed that changed, beside what the engine does next."""
+        if self._changed:
+            assert self._constraints is not None
+            self._constraints.prepare(self._changed)
+            self._changed = []
 
     def _launch(self, scheduled: Scheduled) -> _Step:
         """Tell the device to run the model over the plan and to sample. Changes no request if it raises."""
@@ -262,11 +351,11 @@ class Engine:
     def _end_prompt(self, request: Request) -> TokenOutput:
         """End a request that wanted nothing but its prompt computed: scored, pooled, or for the cache."""
         if request.spec.pooling is None:
-            return self._end(request, "length")
+            return self._end(request, _Ending("length"))
         vector = request.pool.mean() if request.spec.pooling == "mean" else request.pool.last()
         if not np.isfinite(vector).all():
-            return self._end(request, "error", error=_NOT_FINITE)
-        output = self._end(request, "length")
+            return self._end(request, _Ending("error", error=_NOT_FINITE))
+        output = self._end(request, _Ending("length"))
         output.pooled = vector.astype("<f4").tobytes()
         return output
 
@@ -276,45 +365,59 @@ class Engine:
         failed = {request: None for request, _ in scheduled if self.scheduler.holds(request)}
         logger.error("A step of %d requests failed; ending them.", len(failed), exc_info=error)
         message = f"The engine failed to compute this request ({type(error).__name__})."
-        return [self._end(request, "error", error=message) for request in failed]
+        return [self._end(request, _Ending("error", error=message)) for request in failed]
 
     def _accept(self, request: Request, sample: Sample) -> TokenOutput:
-        """Append a sampled token and end the request if that ends it."""
+        """Append a sampled token, with those that must follow it, and end the request if that ends it."""
+        constraint = request.constraint
         if sample.token_id is None:
-            return self._end(request, "error", error=_NO_TOKEN)
-        params, token = request.params, sample.token_id
+            error = constraint.error if constraint is not None else None
+            return self._end(request, _Ending("error", error=error or _NO_TOKEN))
+        token = sample.token_id
         request.tokens.append(token)
-        num_known = len(request.tokens)  # a step in flight may be choosing one more
-        is_stop = token in params.stop_token_ids or (token in self._eos and not params.ignore_eos)
-        if is_stop and num_known - request.num_prompt_tokens > params.min_tokens:
-            return self._end(request, "stop", sample, stop_token_id=token)
-        if num_known >= request.max_num_tokens:
-            return self._end(request, "length", sample)
-        return self._output(request, sample)
+        request.unsent.append(token)
+        end = self._ends_by(request, token)
+        if constraint is not None and end is None:
+            try:
+                constraint.append([token])
+                end = self._follow(request)
+            except ConstraintError as failure:
+                end = _Ending("error", error=str(failure))
+        if end is None:
+            return self._output(request, sample)
+        return self._end(request, end, sample)
+
+    def _ends_by(self, request: Request, token: int) -> _Ending | None:
+        """Whether `token`, the last that is known, ends the request."""
+        params, num_known = request.params, len(request.tokens)  # a step in flight may be choosing one more
+        if self._is_stop(request, token) and num_known - request.num_prompt_tokens > params.min_tokens:
+            return _Ending("stop", token)
+        if request.constraint is not None and token in self._eos:
+            return _Ending("stop", token)  # its mask has weighed min_tokens and ignore_eos
+        return _Ending("length") if num_known >= request.max_num_tokens else None
+
+    def _is_stop(self, request: Request, token: int) -> bool:
+        params = request.params
+        return token in params.stop_token_ids or (token in self._eos and not params.ignore_eos)
+
+    def _is_banned(self, request: Request, token: int) -> bool:
+        """Whether min_tokens keeps `token` from being the next."""
+        params = request.params
+        return request.num_output_tokens < params.min_tokens and token in params.stop_token_ids
 
     def _output(self, request: Request, sample: Sample | None = None) -> TokenOutput:
         output = TokenOutput(request_id=request.request_id, num_cached_tokens=request.num_cached_tokens)
-        if sample is not None and sample.token_id is not None:
-            output.token_ids = [sample.token_id]
-            output.logprobs = [sample.logprobs] if sample.logprobs is not None else None
+        output.token_ids, request.unsent = request.unsent, []
+        if sample is not None and sample.logprobs is not None:
+            output.logprobs = [sample.logprobs]
         if request.scores_prompt:
             output.prompt_logprobs = list(request.prompt_logprobs)
         request.has_output = True
         return output
 
-    def _end(
-        self,
-        request: Request,
-        reason: FinishReason,
-        sample: Sample | None = None,
-        *,
-        stop_token_id: int | None = None,
-        error: str | None = None,
-    ) -> TokenOutput:
+    def _end(self, request: Request, end: _Ending, sample: Sample | None = None) -> TokenOutput:
         output = self._output(request, sample)
-        output.finish_reason = reason
-        output.stop_token_id = stop_token_id
-        output.error = error
+        output.finish_reason, output.stop_token_id, output.error = end
         self.abort(request.request_id)
         return output
 

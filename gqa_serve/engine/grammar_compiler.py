@@ -15,14 +15,14 @@ from typing import TypeVar
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
+from gqa_serve.engine.grammars import one_line
 from gqa_serve.engine.request import MAX_GRAMMAR_CHARS
 from gqa_serve.engine.tokenizer import Tokenizer
 
 _MAX_CACHED_GRAMMARS = 64
 _MAX_CACHED_CHARS = 4 * 1024 * 1024
-_MAX_MESSAGE_CHARS = 300
-# The compiler calls itself for each rule or $ref that leads to the next; so many, text of the size allowed can
-# hold. Memory is taken only as far as the stack is used.
+# The compiler calls itself for each rule or $ref that leads to the next, of which a text can hold many.
+# Memory is taken only as far as the stack is used.
 _STACK_BYTES = 512 * 1024 * 1024
 _MARK = "\x02"  # a character that no vocabulary merges with what follows it
 
@@ -147,13 +147,10 @@ def compiler_for(tokenizer: Tokenizer) -> GrammarCompiler:
 
 def _explain(message: str) -> str:
     """llguidance's message as one short sentence."""
-    message = message.replace("<non-verbose/>", "")
     if unknown := re.search(r"Unimplemented keys: \[(.*?)\]", message):
-        return f"The JSON schema has keywords that cannot be enforced: {unknown[1]}. Leave them out."
-    text = re.sub(r"\s+", " ", message).strip()
-    if len(text) > _MAX_MESSAGE_CHARS:
-        text = text[:_MAX_MESSAGE_CHARS] + "..."
-    return f"The grammar cannot be enforced: {text.rstrip('.')}."
+        keywords = one_line(unknown[1].replace('\\"', '"'))
+        return f"The JSON schema has keywords that cannot be enforced: {keywords}. Leave them out."
+    return f"The grammar cannot be enforced: {one_line(message)}."
 
 
 def _on_large_stack(work: Callable[[], T]) -> T:

@@ -1,9 +1,9 @@
 """Grammars as text: what a JSON schema, a regular expression, a list of choices or a grammar file becomes.
 
-Owns the form in which a constraint travels (`SamplingParams.grammar`: llguidance's JSON, a list of grammars of
-which the first is the top) and the limits on what a client may send. Knows no model and no engine; only
-`check_grammar` takes a tokenizer. Invariant: what is built here can be enforced exactly or is refused; white
-space in JSON is at most one blank after each comma and colon, so that a model can never fill its answer with it.
+Owns the form in which a constraint travels (`SamplingParams.grammar`: llguidance's JSON, a list of grammars
+of which the first is the top) and the limits on what a client may send. Knows no model and no engine; only
+`check_grammar` takes a tokenizer. Invariant: what is built here is enforced exactly or refused; white space
+in JSON is at most one blank after each comma and colon, so that no model can fill its answer with it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 MAX_SCHEMA_DEPTH = 64
 MAX_CHOICES = 4096
+MAX_MESSAGE_CHARS = 300
 MAX_GBNF_RULES = 512  # the conversion takes time quadratic in these
 
 _SCHEMA_OPTIONS = {
@@ -171,13 +172,19 @@ def _from_gbnf(text: str) -> str:
     try:
         return gbnf_to_lark(text)
     except (GbnfToLarkError, IndexError) as error:
-        raise RequestError(f"The GBNF grammar is wrong: {error}.") from error
+        raise RequestError(f"The GBNF grammar is wrong: {one_line(error)}.") from error
     except RecursionError as error:
         raise RequestError("The GBNF grammar is nested too deeply.") from error
     except Exception as error:  # the converter's own way to say that a rule is missing or named twice
         if type(error) is not Exception:
             raise
-        raise RequestError(f"The GBNF grammar is wrong: {error}.") from error
+        raise RequestError(f"The GBNF grammar is wrong: {one_line(error)}.") from error
+
+
+def one_line(message: object) -> str:
+    """A message of llguidance, which may quote all of the grammar, as a piece of a short sentence."""
+    text = re.sub(r"\s+", " ", str(message).replace("<non-verbose/>", "")).strip().rstrip(".")
+    return text if len(text) <= MAX_MESSAGE_CHARS else text[:MAX_MESSAGE_CHARS] + "..."
 
 
 def _check_size(text: str) -> None:
@@ -186,6 +193,10 @@ def _check_size(text: str) -> None:
 
 
 def _dump(grammars: list[dict[str, Any]]) -> str:
-    text = json.dumps({"grammars": grammars}, ensure_ascii=False)
+    try:
+        text = json.dumps({"grammars": grammars}, ensure_ascii=False, allow_nan=False)
+        text.encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RequestError(f"The schema or grammar cannot be written as JSON: {error}.") from error
     _check_size(text)
     return text

@@ -22,6 +22,7 @@ import numpy as np
 from gqa_serve.config import EngineConfig
 from gqa_serve.engine.chat_prompt import encode_chat
 from gqa_serve.engine.chat_template_files import load_chat_template
+from gqa_serve.engine.constraints import ConstraintError
 from gqa_serve.engine.core import Engine
 from gqa_serve.engine.detokenizer import TextAssembler
 from gqa_serve.engine.model_runner import ModelRunner
@@ -35,6 +36,7 @@ from gqa_serve.engine.request import (
     TokenOutput,
     sampling_defaults,
 )
+from gqa_serve.engine.structured import GrammarService
 from gqa_serve.engine.tokenizer import load_tokenizer
 from gqa_serve.engine.weights.hub import resolve_model
 from gqa_serve.errors import EngineStepError, RequestError
@@ -115,7 +117,9 @@ class LLM:
         self.tokenizer = load_tokenizer(path)
         self.chat_template = load_chat_template(path, chat_template)
         bar = ProgressBar("Loading weights") if progress else None
-        self.engine = Engine(ModelRunner(path, config, bar.update if bar else None), config)
+        runner = ModelRunner(path, config, bar.update if bar else None)
+        self._grammars = GrammarService(lambda: self.tokenizer, runner.eos_token_ids)
+        self.engine = Engine(runner, config, self._grammars)
         self._progress = progress
         self.default_sampling_params = SamplingParams(**sampling_defaults(self.engine.info.generation_config))
         self._counter = 0
@@ -243,6 +247,7 @@ class LLM:
         self._counter += 1
         name = f"llm-{self._counter}"
         params.validate(self.engine.info.vocab_size)
+        self._check_grammar(params.grammar)
         fitted = params.fit(len(ids), self.engine.info.max_model_len)
         return [
             EngineRequest(
@@ -253,6 +258,14 @@ class LLM:
             )
             for index in range(params.n)
         ]
+
+    def _check_grammar(self, grammar: str | None) -> None:
+        """Raises RequestError for a grammar that cannot be enforced."""
+        if grammar is not None:
+            try:
+                self._grammars.begin(grammar).result()
+            except ConstraintError as error:
+                raise RequestError(str(error), param="grammar") from error
 
     def _run(
         self, specs: Iterable[EngineRequest], choices: dict[str, _Choice]

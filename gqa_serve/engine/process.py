@@ -19,6 +19,7 @@ import msgspec
 
 from gqa_serve.engine.core import Engine
 from gqa_serve.engine.request import TokenOutput
+from gqa_serve.engine.structured import GrammarService
 from gqa_serve.engine.wire import (
     LENGTH,
     Abort,
@@ -97,7 +98,7 @@ def load_engine(start: Start, channel: Channel) -> Engine:
     runner = ModelRunner(
         Path(start.path), start.config, lambda done, total: channel.send(Loading(done, total))
     )
-    return Engine(runner, start.config)
+    return Engine(runner, start.config, GrammarService.for_model(Path(start.path), runner.eos_token_ids))
 
 
 def serve(engine: Engine, channel: Channel) -> int:

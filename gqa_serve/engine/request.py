@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
 from gqa_serve.engine.pooling import Pool
 from gqa_serve.errors import ContextLengthError, RequestError
+
+if TYPE_CHECKING:
+    from gqa_serve.engine.constraints import Constraint
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 Pooling = Literal["last", "mean"]
@@ -285,8 +288,10 @@ class Request:
     those too that steps in flight choose; the latest is row `sample_row` of what its step samples.
     `num_computed_tokens` have their KV in the cache, or will once the steps in flight are done; the one rule
     of the scheduler makes it catch up with `num_tokens`, which ends at `max_num_tokens`. Lower `order` runs
-    first.
+    first. `unsent` are tokens of the output that wait for the next `TokenOutput`.
     """
+
+    constraint: Constraint | None = None
 
     def __init__(self, spec: EngineRequest, arrival: int, seed: int, max_model_len: int) -> None:
         self.spec = spec
@@ -306,6 +311,7 @@ class Request:
         self.num_cached_tokens = 0
         self.prompt_logprobs: list[TokenLogprobs | None] = []
         self.pool = Pool()
+        self.unsent: list[int] = []
         self.has_output = False
 
     @property
@@ -321,7 +327,13 @@ class Request:
     @property
     def needs_last_token(self) -> bool:
         """Whether the host must know the last token before the request's next step is launched."""
-        return self.params.has_penalties and self.num_pending_tokens > 0
+        needed = self.params.has_penalties or self.constraint is not None
+        return needed and self.num_pending_tokens > 0
+
+    @property
+    def takes_forced_tokens(self) -> bool:
+        """Whether tokens that must come next are appended at once: not if anybody wants their logits."""
+        return self.params.logprobs is None and not self.scores_prompt
 
     @property
     def scores_prompt(self) -> bool:

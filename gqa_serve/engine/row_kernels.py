@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import torch
 
+from gqa_serve.engine.sampler import mask_rows
 from gqa_serve.engine.transfer import all_to_device
 
 if TYPE_CHECKING:
@@ -50,6 +51,9 @@ class KernelRows:
 
     def argmax(self, logits: torch.Tensor) -> torch.Tensor:
         return self.kernels.argmax(logits, _tokens(logits.shape[0], logits))
+
+    def mask(self, logits: torch.Tensor, rows: Sequence[int], masks: Sequence[bytes]) -> None:
+        mask_rows(logits, rows, masks)
 
     def draw(
         self,

@@ -1,6 +1,7 @@
 """From logits to tokens and log-probabilities, all rows of a step at once.
 
-Owns penalties, filters and the random draw. Knows nothing of text, scheduling or how logits came about.
+Owns penalties, masks, filters and the random draw. Knows nothing of text, scheduling or what made the
+logits.
 
 A row's result is a function of its logits, its request's tokens and parameters, and (seed, position):
 the draw inverts the row's cumulative distribution at one uniform number hashed from seed and position, so
@@ -108,8 +109,14 @@ class PendingStates:
 class RowOperations(Protocol):
     """What a sampler does with whole rows of logits [R, V] float32; a backend may have its own.
 
-    Results are int64 on the device of the logits. On a GPU neither operation waits for it.
+    Results are int64 on the device of the logits. On a GPU no operation waits for it.
     """
+
+    def mask(self, logits: torch.Tensor, rows: Sequence[int], masks: Sequence[bytes]) -> None:
+        """In each of `rows` make the logits of tokens -inf that its mask lacks, in place. `rows` ascend.
+
+        Token t is bit t % 8 (the lowest first) of byte t // 8; what is beyond the last byte is not allowed.
+        """
 
     def argmax(self, logits: torch.Tensor) -> torch.Tensor:
         """[R]: the first index of each row's largest value, -1 for a row with a value that is not finite."""
@@ -140,13 +147,19 @@ class Sampler:
         """Drop what is remembered of an ended request."""
         self._counts.pop(request_id, None)
 
+    @torch.inference_mode()
     def launch(self, logits: torch.Tensor, requests: Sequence[Request]) -> Pending:
-        """Choose one token per row of `logits` [R, V] float32; row r belongs to `requests[r]`. R > 0."""
+        """Choose one token per row of `logits` [R, V] float32; row r belongs to `requests[r]`. R > 0.
+
+        The logits may be changed.
+        """
         tokens = self._operations.argmax(logits)
         modified = logits
         touched = [row for row, request in enumerate(requests) if _changes_logits(request)]
         if touched:
-            modified = self._adjust(logits, requests, touched)
+            # In place unless the unmodified logits are still to be looked at.
+            scored = any(requests[row].params.logprobs is not None for row in touched)
+            modified = self._adjust(logits.clone() if scored else logits, requests, touched)
             # Penalties may overflow and bans may leave nothing to choose: those rows have no token either.
             best = select_rows(modified, touched).max(dim=-1)
             tokens = _choose(tokens, touched, torch.where(torch.isfinite(best.values), best.indices, -1))
@@ -186,8 +199,7 @@ class Sampler:
     def _adjust(
         self, logits: torch.Tensor, requests: Sequence[Request], touched: Sequence[int]
     ) -> torch.Tensor:
-        """A copy of the logits, with penalties, bias, min_tokens and allowed tokens in the rows `touched`."""
-        logits = logits.clone()
+        """The logits with penalties, bias, min_tokens, allowed tokens and masks in the rows `touched`, in place."""
         penalised = [row for row in touched if requests[row].params.has_penalties]
         if penalised:
             self._apply_penalties(logits, penalised, [requests[row] for row in penalised])
@@ -196,7 +208,9 @@ class Sampler:
             params = requests[row].params
             added += [(row, token, bias) for token, bias in (params.logit_bias or {}).items()]
             if requests[row].num_output_tokens < params.min_tokens:
-                added += [(row, token, -torch.inf) for token in {*self._eos, *params.stop_token_ids}]
+                # A constraint's own mask says when the sequence may end.
+                ends = self._eos if requests[row].constraint is None else ()
+                added += [(row, token, -torch.inf) for token in {*ends, *params.stop_token_ids}]
         if added:
             rows, columns, values = zip(*added, strict=True)
             index = to_device(np.asarray([rows, columns]), logits.device)
@@ -206,6 +220,9 @@ class Sampler:
             if (allowed := requests[row].params.allowed_token_ids) is not None:
                 kept = to_device(allowed, logits.device)
                 logits[row] = torch.full_like(logits[row], -torch.inf).index_copy_(0, kept, logits[row, kept])
+        masks = [(row, c.mask()) for row in touched if (c := requests[row].constraint) is not None]
+        if masks:
+            self._operations.mask(logits, *zip(*masks, strict=True))
         return logits
 
     def _apply_penalties(
@@ -265,7 +282,7 @@ class _TokenCounts:
 def _changes_logits(request: Request) -> bool:
     params = request.params
     bans = params.allowed_token_ids is not None or request.num_output_tokens < params.min_tokens
-    return bans or bool(params.logit_bias) or params.has_penalties
+    return request.constraint is not None or bans or bool(params.logit_bias) or params.has_penalties
 
 
 def _choose(tokens: torch.Tensor, rows: Sequence[int], choices: torch.Tensor) -> torch.Tensor:
@@ -283,6 +300,9 @@ class TorchRows:
     def argmax(self, logits: torch.Tensor) -> torch.Tensor:
         finite = torch.isfinite(logits).all(dim=-1)  # [R]
         return torch.where(finite, logits.argmax(dim=-1), -1)
+
+    def mask(self, logits: torch.Tensor, rows: Sequence[int], masks: Sequence[bytes]) -> None:
+        mask_rows(logits, rows, masks)
 
     def draw(
         self,
@@ -306,6 +326,17 @@ class TorchRows:
         # right=True: the first token whose cumulative probability exceeds the target, never one of no mass
         drawn = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
         return drawn.clamp_(max=logits.shape[-1] - 1)
+
+
+def mask_rows(logits: torch.Tensor, rows: Sequence[int], masks: Sequence[bytes]) -> None:
+    """`RowOperations.mask` in plain torch, on any device, without waiting for it."""
+    size = -(-logits.shape[1] // 8)
+    padded = b"".join(mask[:size].ljust(size, b"\0") for mask in masks)
+    packed = to_device(np.frombuffer(padded, np.uint8).reshape(len(rows), size).copy(), logits.device)
+    bits = packed[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=logits.device)  # [S, size, 8]
+    banned = ((bits & 1) == 0).view(len(rows), -1)[:, : logits.shape[1]]
+    index = to_device(rows, logits.device)
+    logits.index_put_((index,), logits[index].masked_fill(banned, -torch.inf))
 
 
 def _filter_floor(scaled: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:

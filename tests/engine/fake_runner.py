@@ -18,6 +18,7 @@ import torch
 
 from gqa_serve.config import EngineConfig
 from gqa_serve.engine.batch import ForwardBatch, StepPlan
+from gqa_serve.engine.constraints import ConstraintService
 from gqa_serve.engine.core import Engine
 from gqa_serve.engine.request import EngineRequest, ModelInfo, Pooling, SamplingParams, TokenOutput
 from gqa_serve.engine.sampler import Sampler, TorchRows
@@ -65,6 +66,9 @@ class DeviceRows(TorchRows):
 
     def argmax(self, logits: torch.Tensor) -> torch.Tensor:
         return on_device(super().argmax(logits.as_subclass(torch.Tensor)))
+
+    def mask(self, logits: torch.Tensor, *args: Any) -> None:
+        super().mask(logits.as_subclass(torch.Tensor), *args)
 
     def draw(self, logits: torch.Tensor, *args: Any) -> torch.Tensor:
         return on_device(super().draw(logits.as_subclass(torch.Tensor), *args))
@@ -200,13 +204,14 @@ def make_engine(
     max_model_len: int = 64,
     on_execute: Callable[[StepPlan], None] | None = None,
     on_collect: Callable[[], None] | None = None,
+    constraints: ConstraintService | None = None,
     **settings: object,
 ) -> Engine:
     settings = {"max_num_seqs": 8, "max_num_batched_tokens": 16, "seed": 0, **settings}
     config = EngineConfig(model="fake", block_size=block_size, **settings)
     context = min(max_model_len, num_blocks * block_size)
     runner = FakeRunner(lookahead, num_blocks, block_size, context, on_execute)
-    engine = Engine(runner, config)
+    engine = Engine(runner, config, constraints)
     engine.sampler = WatchedSampler(runner.eos_token_ids, runner.row_operations)
     engine.sampler.on_collect = on_collect
     return engine

@@ -23,9 +23,11 @@ from fake_runner import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+from toy_constraints import ToyService
 
 from gqa_serve.engine import core
-from gqa_serve.engine.request import SamplingParams, TokenOutput
+from gqa_serve.engine.request import Request, SamplingParams, TokenOutput
+from gqa_serve.engine.sampler import Sample
 from gqa_serve.errors import ContextLengthError, RequestError
 
 
@@ -630,13 +632,24 @@ KINDS: dict[str, dict[str, object]] = {
     "allowed": {"allowed_token_ids": [5, 7, 11], "temperature": 1.0, "seed": 3},
     "last state": {"max_tokens": 0, "pooling": "last"},
     "mean state": {"max_tokens": 0, "pooling": "mean"},
+    "constrained": {"grammar": "toy:1:40"},
+    "constrained whole": {"grammar": "toy:2:4", "ignore_eos": False},
+    "constrained, many": {"grammar": "toy:3:40", "max_tokens": 20, "temperature": 1.0, "seed": 3},
+    "constrained, scored": {"grammar": "toy:4:40", "logprobs": 1, "prompt_logprobs": 1},
+    "constrained, stops": {"grammar": "toy:5:40", "min_tokens": 2, "stop_token_ids": list(range(4, 40))},
+    "constrained, penalised": {"grammar": "toy:6:9", "frequency_penalty": 2.0},
 }
+
+
+@pytest.fixture(autouse=True)
+def _no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(core, "_CONSTRAINT_PATIENCE_S", 0.0)
 
 
 @functools.cache
 def alone(kind: str, length: int, like: int) -> tuple[list[int], object]:
     """Tokens of a request that has the engine to itself, and what its first output tells of the prompt."""
-    engine = make_engine(False, num_blocks=14)
+    engine = make_engine(False, num_blocks=14, constraints=ToyService(forcing=False))
     engine.add(request("x", prompt_of(40, like)[:length], **{"max_tokens": 6, **KINDS[kind]}))
     outputs = run(engine)["x"]
     return tokens_of(outputs), (outputs[0].prompt_logprobs, outputs[0].pooled)
@@ -652,8 +665,10 @@ class EngineMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.failing = ""
+        self.service = ToyService(patient=True)
         self.engine = make_engine(
             self.lookahead,
+            constraints=self.service,
             num_blocks=14,
             max_num_seqs=4,
             max_num_batched_tokens=9,
@@ -661,10 +676,15 @@ class EngineMachine(RuleBasedStateMachine):
             on_collect=lambda: self._fault("collect"),
         )
         self.count = 0
-        self.num_tokens = 0
+        self.num_accepted = 0
+        self.accept, self.engine._accept = self.engine._accept, self._accept
         self.open: set[str] = set()
         self.wanted: dict[str, tuple[list[int], object]] = {}
         self.produced: dict[str, list[TokenOutput]] = {}
+
+    def _accept(self, request: Request, sample: Sample) -> TokenOutput:
+        self.num_accepted += 1
+        return self.accept(request, sample)
 
     def _fault(self, where: str) -> None:
         if self.failing == where:
@@ -707,6 +727,10 @@ class EngineMachine(RuleBasedStateMachine):
             self._take(self.engine.step())
             assert_conserved(self.engine)
 
+    @rule(count=st.integers(1, 5))
+    def constraints_come(self, count: int) -> None:
+        self.service.release(count)
+
     @rule(where=st.sampled_from(["launch", "collect"]))
     def failing_step(self, where: str) -> None:
         self.failing = where
@@ -719,7 +743,6 @@ class EngineMachine(RuleBasedStateMachine):
         for output in outputs:
             assert output.request_id in self.open, "an output after the end"
             self.produced[output.request_id].append(output)
-            self.num_tokens += len(output.token_ids)
             if output.finish_reason is not None:
                 self.open.discard(output.request_id)
 
@@ -728,14 +751,16 @@ class EngineMachine(RuleBasedStateMachine):
         assert_conserved(self.engine)
         scheduler = self.engine.scheduler
         here = [r.request_id for r in scheduler.waiting + scheduler.running]
+        here += self.engine._unconstrained
         assert sorted(here) == sorted(self.open)
 
     @invariant()
     def every_token_is_handed_out_or_discarded_once(self) -> None:
         collected = sum(pending.num_collected for pending in self.engine.sampler.launched)
-        assert collected == self.num_tokens + self.engine.num_discarded_tokens
+        assert collected == self.num_accepted + self.engine.num_discarded_tokens
 
     def teardown(self) -> None:
+        self.service.release()
         for _ in range(2000):
             if not self.engine.has_work:
                 break

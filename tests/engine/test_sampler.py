@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections import Counter
 
 import pytest
@@ -110,7 +111,7 @@ def test_repetition_penalty_as_in_transformers() -> None:
         make([5, 6, 7], [8, 8], repetition_penalty=1.3, temperature=0),
         make([1], temperature=0, seed=1),
     ]
-    ours = Sampler([])._adjust(logits, requests, range(len(requests)))
+    ours = Sampler([])._adjust(logits.clone(), requests, range(len(requests)))
     wanted = RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor([[5, 6, 7, 8, 8]]), logits[:1].clone())
     assert torch.allclose(ours[:1], wanted)
     assert torch.equal(ours[1], logits[1])
@@ -119,7 +120,7 @@ def test_repetition_penalty_as_in_transformers() -> None:
 def test_presence_and_frequency_penalties_count_output_tokens_only() -> None:
     logits = random_logits(1)
     request = make([5, 6], [7, 7, 7, 9], presence_penalty=0.5, frequency_penalty=0.25)
-    delta = (logits - Sampler([])._adjust(logits, [request], [0]))[0]
+    delta = (logits - Sampler([])._adjust(logits.clone(), [request], [0]))[0]
     wanted = torch.zeros(VOCAB)
     wanted[7], wanted[9] = 0.5 + 3 * 0.25, 0.5 + 0.25
     assert torch.allclose(delta, wanted, atol=1e-5)
@@ -143,13 +144,78 @@ def test_penalties_follow_the_output_as_it_grows() -> None:
 def test_logit_bias_and_min_tokens() -> None:
     logits = torch.zeros(1, VOCAB)
     biased = make([1], temperature=0, logit_bias={77: 5.0, 78: 6.0})
-    assert Sampler([]).launch(logits, [biased]).result()[0].token_id == 78
+    assert Sampler([]).launch(logits.clone(), [biased]).result()[0].token_id == 78
     logits[0, 3] = 9.0
     held = make([1], temperature=0, min_tokens=2, stop_token_ids=[4])
-    assert Sampler([3]).launch(logits, [held]).result()[0].token_id not in (3, 4)
+    assert Sampler([3]).launch(logits.clone(), [held]).result()[0].token_id not in (3, 4)
     held.tokens += [50, 51]
     held.num_tokens += 2
     assert Sampler([3]).launch(logits, [held]).result()[0].token_id == 3
+
+
+class Allowing:
+    """A constraint that allows some tokens."""
+
+    error = None
+
+    def __init__(self, tokens: list[int]) -> None:
+        self.tokens = tokens
+
+    def mask(self) -> bytes:
+        return sum(1 << token for token in self.tokens).to_bytes(
+            max(self.tokens, default=0) // 8 + 1, "little"
+        )
+
+
+def constrained(tokens: list[int], **params: object) -> Request:
+    request = make([1], **params)
+    request.constraint = Allowing(tokens)  # type: ignore[assignment]
+    return request
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_masked_row_gives_an_allowed_token_and_no_other_row_is_touched(temperature: float) -> None:
+    logits = random_logits(3)
+    rows = [
+        make([1], temperature=temperature),
+        constrained([5, 900], temperature=temperature, seed=1),
+        make([1], temperature=temperature, seed=2),
+    ]
+    free = [Sampler([]).launch(logits[[row]], [rows[row]]).result()[0] for row in (0, 2)]
+    chosen = Sampler([]).launch(logits.clone(), rows).result()
+    assert chosen[1].token_id in (5, 900)
+    assert [chosen[0], chosen[2]] == free
+    if temperature == 0:
+        assert chosen[1].token_id == max((5, 900), key=lambda token: logits[1, token])
+
+
+def test_a_mask_without_tokens_leaves_none() -> None:
+    (sample,) = Sampler([]).launch(random_logits(1), [constrained([])]).result()
+    assert sample.token_id is None
+
+
+def test_logprobs_of_a_masked_row_are_of_the_unmodified_logits() -> None:
+    logits = random_logits(1)
+    (sample,) = Sampler([]).launch(logits.clone(), [constrained([7], logprobs=2)]).result()
+    wanted = torch.log_softmax(logits[0].double(), -1)
+    assert sample.token_id == 7
+    assert sample.logprobs is not None
+    assert sample.logprobs.logprob == pytest.approx(float(wanted[7]), abs=1e-5)
+    assert [t for t, _ in sample.logprobs.top] == wanted.topk(2).indices.tolist()
+
+
+@pytest.mark.parametrize("vocab", [1, 8, 97, 1000])
+@pytest.mark.parametrize("num_bytes", [0, 1, 13, 200])
+def test_masks_bit_by_bit(vocab: int, num_bytes: int) -> None:
+    logits = random_logits(3, vocab=vocab)
+    masks = [bytes(random.Random(row).randbytes(num_bytes)) for row in (0, 1)]
+    masked = logits.clone()
+    TorchRows().mask(masked, [0, 2], masks)
+    assert torch.equal(masked[1], logits[1])
+    for row, mask in zip((0, 2), masks, strict=True):
+        for token in range(vocab):
+            stays = token < 8 * num_bytes and mask[token // 8] >> token % 8 & 1
+            assert masked[row, token] == (logits[row, token] if stays else -torch.inf)
 
 
 def test_logprobs_are_of_the_unmodified_logits() -> None:

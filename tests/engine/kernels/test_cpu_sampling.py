@@ -122,6 +122,27 @@ def test_tokens_are_those_of_torch(
             assert abs(boundary - units[row]) < ERROR
 
 
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    vocab=st.sampled_from([1, 7, 8, 9, 300, 5001]),
+    num_bytes=st.sampled_from([0, 1, 30, 700]),
+    density=st.sampled_from([0.0, 0.01, 0.5, 1.0]),
+    threads=st.sampled_from([1, 2]),
+    seed=st.integers(0, 1000),
+)
+def test_masks_are_those_of_torch(
+    vocab: int, num_bytes: int, density: float, threads: int, seed: int
+) -> None:
+    logits = random_logits(5, vocab, seed)
+    source = np.random.default_rng(seed)
+    masks = [np.packbits(source.random(8 * num_bytes) < density).tobytes() for _ in range(3)]
+    native, plain = logits.clone(), logits.clone()
+    native_rows(Machine(LEVELS[-1], threads)).mask(native, [0, 2, 3], masks)
+    TorchRows().mask(plain, [0, 2, 3], masks)
+    assert torch.equal(native, plain)
+    assert torch.equal(native[[1, 4]], logits[[1, 4]])
+
+
 def test_draws_follow_the_distribution() -> None:
     vocab, draws = 12, 20_000
     logits = random_logits(1, vocab, 3)[0]

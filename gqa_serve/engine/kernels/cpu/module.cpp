@@ -324,6 +324,16 @@ void bind_computing(nb::class_<Program>& program) {
           },
           "x"_a, "rows"_a, "n"_a)
       .def(
+          "mask",
+          [](Program& p, Address x, int n, const std::vector<int>& rows, const std::vector<nb::bytes>& masks) {
+            std::vector<std::pair<const uint8_t*, size_t>> views;
+            for (size_t i = 0; i < rows.size(); i++)
+              views.emplace_back(static_cast<const uint8_t*>(masks.at(i).data()), masks[i].size());
+            nb::gil_scoped_release release;
+            p.mask(reinterpret_cast<float*>(x), n, rows, views);
+          },
+          "x"_a, "n"_a, "rows"_a, "masks"_a)
+      .def(
           "draw",
           [](Program& p, Address x, int n, const std::vector<int>& rows, const std::vector<float>& temperatures,
              const std::vector<int>& top_ks, const std::vector<float>& top_ps, const std::vector<float>& min_ps,

@@ -68,6 +68,23 @@ static double weigh(const Kernels& kernels, const float* x, int n, float best, f
   return total;
 }
 
+void mask(float* x, int n, const uint8_t* bits, size_t bytes) {
+  const float banned = -std::numeric_limits<float>::infinity();
+  int i = 0;
+  for (size_t byte = 0; byte < bytes && i < n; byte++) {
+    const unsigned allowed = bits[byte];
+    const int end = std::min(n, i + 8);
+    if (allowed == 0) {
+      std::fill(x + i, x + end, banned);
+    } else if (allowed != 255) {
+      for (int bit = 0; i + bit < end; bit++)
+        if (!(allowed >> bit & 1)) x[i + bit] = banned;
+    }
+    i = end;
+  }
+  std::fill(x + i, x + n, banned);
+}
+
 int draw(const Kernels& kernels, const float* x, int n, const DrawParams& p, DrawScratch& scratch) {
   scratch.weights.resize(n);
   scratch.sums.resize((n + kSumBlock - 1) / kSumBlock);

@@ -1,10 +1,12 @@
 // One random token of one row of logits.
 //
-// Owns temperature, top-k, top-p, min-p and the draw. Does not know where the random number comes from.
+// Owns the mask, temperature, top-k, top-p, min-p and the draw. Does not know where the random number comes from.
 // Invariant: the token is a function of the row and the parameters alone; the vocabulary is never sorted, only
 // those of its tokens that a filter may keep.
 #pragma once
 
+#include <cstddef>
+#include <cstdint>
 #include <vector>
 
 #include "kernels.h"
@@ -24,6 +26,9 @@ struct DrawScratch {
   std::vector<float> weights, sums;
   std::vector<float> candidates;
 };
+
+// x[i] = -inf for each i of n whose bit is 0: bit i % 8, the lowest first, of byte i / 8; there is none beyond `bytes`.
+void mask(float* x, int n, const uint8_t* bits, size_t bytes);
 
 // Divide logits x [n] by the temperature; of the tokens by falling probability keep the first top_k, then of
 // these the fewest whose mass reaches top_p, then those with at least min_p times the largest probability;

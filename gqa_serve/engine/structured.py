@@ -1,0 +1,129 @@
+"""Constraints from grammars, compiled and computed beside the engine's own work.
+
+Owns two threads: one compiles grammars (and loads the tokenizer when the first comes), one computes masks
+while the model's forward pass runs; llguidance and the native backend both let go of the interpreter's lock.
+Knows no scheduler and no logits. Invariant: a request's matcher is used by one thread at a time: by the
+engine's until its mask is asked for, by the mask thread until that is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from gqa_serve.engine.constraints import Constraint, ConstraintError
+from gqa_serve.engine.grammars import one_line
+from gqa_serve.errors import ModelError
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+    from gqa_serve.engine.grammar_compiler import GrammarCompiler
+    from gqa_serve.engine.tokenizer import Tokenizer
+
+
+class GrammarConstraint:
+    """A matcher that follows one request's output."""
+
+    def __init__(self, matcher: LLMatcher, eos_token_ids: Iterable[int]) -> None:
+        self._matcher = matcher
+        self._eos = tuple(eos_token_ids)
+        self._mask: Future[None] | None = None
+        self._bits = b""
+        self.error: str | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing but the end of the sequence may follow."""
+        return self._matcher.is_stopped() and not self._matcher.is_error()
+
+    def append(self, tokens: Sequence[int]) -> None:
+        """`tokens` were added to the output. Raises ConstraintError if they may not be there."""
+        if not self._matcher.consume_tokens(list(tokens)):
+            raise ConstraintError(_failure(self._matcher))
+
+    def forced(self) -> list[int]:
+        """Tokens that must come next."""
+        return self._matcher.compute_ff_tokens()
+
+    def mask(self) -> bytes:
+        """Which tokens may come next, once that is computed; no bits and an `error` after a failure."""
+        assert self._mask is not None, "no mask was asked for"
+        self._mask.result()
+        return self._bits
+
+    def compute(self, avoid_end: bool) -> None:
+        """What `mask` returns; in the mask thread."""
+        bits = self._matcher.compute_bitmask()
+        if self._matcher.is_error():
+            self.error = _failure(self._matcher)
+            bits = b""
+        self._bits = self._without_end(bits) if avoid_end else bits
+
+    def await_mask(self, computed: Future[None]) -> None:
+        """`computed` ends when `compute` is done."""
+        self._mask = computed
+
+    def _without_end(self, bits: bytes) -> bytes:
+        """Without the tokens that end a sequence, if there are others."""
+        others = bytearray(bits)
+        for token in self._eos:
+            if token < 8 * len(others):
+                others[token // 8] &= ~(1 << token % 8)
+        return bytes(others) if any(others) else bits
+
+
+class GrammarService:
+    """Constraints over one model's vocabulary; `load_tokenizer` is called when the first is asked for."""
+
+    def __init__(self, load_tokenizer: Callable[[], Tokenizer], eos_token_ids: Iterable[int]) -> None:
+        self._load_tokenizer = load_tokenizer
+        self._eos = tuple(eos_token_ids)
+        self._compiler: GrammarCompiler | None = None
+        self._compiling = ThreadPoolExecutor(1, "grammar-compiler")
+        self._masks = ThreadPoolExecutor(1, "grammar-masks")
+
+    @classmethod
+    def for_model(cls, path: Path, eos_token_ids: Iterable[int]) -> GrammarService:
+        """Over the tokenizer of a checkpoint directory or .gguf file."""
+
+        def load() -> Tokenizer:
+            from gqa_serve.engine.tokenizer import load_tokenizer
+
+            return load_tokenizer(path)
+
+        return cls(load, eos_token_ids)
+
+    def begin(self, grammar: str) -> Future[Constraint]:
+        """A constraint at the beginning of an output; the future raises ConstraintError."""
+        return self._compiling.submit(self._begin, grammar)
+
+    def prepare(self, constraints: Sequence[tuple[Constraint, bool]]) -> None:
+        """Compute the masks of `constraints`, all of which are this service's, in the mask thread."""
+        own = cast("Sequence[tuple[GrammarConstraint, bool]]", constraints)
+
+        def compute() -> None:
+            for constraint, avoid_end in own:
+                constraint.compute(avoid_end)
+
+        computed = self._masks.submit(compute)
+        for constraint, _ in own:
+            constraint.await_mask(computed)
+
+    def _begin(self, grammar: str) -> Constraint:
+        from gqa_serve.engine.grammar_compiler import GrammarCompiler, GrammarError
+
+        try:
+            if self._compiler is None:
+                self._compiler = GrammarCompiler(self._load_tokenizer(), self._eos)
+            return GrammarConstraint(self._compiler.compile(grammar), self._eos)
+        except (GrammarError, ModelError) as error:
+            raise ConstraintError(str(error)) from error
+
+
+def _failure(matcher: LLMatcher) -> str:
+    """What went wrong, for the client."""
+    reason = one_line(matcher.get_error()) or "it does not allow this output"
+    return f"The grammar could not be followed any further: {reason}."
