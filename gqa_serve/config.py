@@ -161,6 +161,18 @@ class ServerConfig:
         "server",
         choices=("last", "mean"),
     )
+    tool_call_parser: str = setting(
+        "auto",
+        "how the model spells tool calls; auto: as its chat template does; none: refuse tools",
+        "server",
+        choices=("auto", "hermes", "llama3", "mistral", "none"),
+    )
+    reasoning_parser: str = setting(
+        "auto",
+        "think: tell <think>...</think> apart from answers; auto: where the chat template has it",
+        "server",
+        choices=("auto", "think", "none"),
+    )
     max_body_bytes: int = setting(
         16 * 2**20, "largest request body, e.g. 16MiB", "server", parse=parse_size, metavar="SIZE", low=1024
     )

@@ -60,6 +60,7 @@ def test_every_field_is_a_flag_a_variable_and_a_line(tmp_path: Path) -> None:
         "root_path": "/r", "max_body_bytes": "2MiB", "drain_timeout": "1.5", "log_level": "debug",
         "max_stored_responses": "7",
         "pooling": "mean",
+        "tool_call_parser": "hermes", "reasoning_parser": "think",
     }  # fmt: skip
     by_env = load(environ={f"GQA_SERVE_{name.upper()}": value for name, value in values.items()})
     file = tmp_path / "settings.yaml"

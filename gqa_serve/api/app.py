@@ -41,6 +41,7 @@ def create_app(
     Raises ConfigError if the file of API keys cannot be used.
     """
     context = ServingContext(engine, tokenizer, chat_template, config)
+    _ = context.chat_format  # found out, and logged, now
     app = Starlette(routes=routes(context), exception_handlers=EXCEPTION_HANDLERS, lifespan=lifespan)
     app.router.redirect_slashes = False  # a redirect would answer a typing error with an HTML-less 307
     # Around the application, not inside it: starlette's own answer to a bug comes from its outermost layer.

@@ -14,9 +14,20 @@ from gqa_serve.api.chat_request import ChatJob, prepare_chat
 from gqa_serve.api.chunks import ChunkReply
 from gqa_serve.api.json_guard import read_request
 from gqa_serve.api.logprobs import chat_logprobs
-from gqa_serve.api.message_parts import Part, TextPart, merge_parts
+from gqa_serve.api.message_parts import (
+    ArgumentsPart,
+    Part,
+    ReasoningPart,
+    TextPart,
+    ToolCallPart,
+    finish_reason,
+    merge_parts,
+)
 from gqa_serve.api.params import FieldRules, choice_count
 from gqa_serve.api.protocol import (
+    AnswerFunction,
+    AnswerToolCall,
+    ApiFinishReason,
     AssistantMessage,
     ChatChoice,
     ChatChunk,
@@ -25,6 +36,8 @@ from gqa_serve.api.protocol import (
     ChatLogprobs,
     ChatRequest,
     Delta,
+    DeltaFunction,
+    DeltaToolCall,
     Usage,
 )
 from gqa_serve.api.serving import ServingContext, answer
@@ -45,7 +58,8 @@ class ChatCompletions:
         fields, raw = await read_request(request, context.config.max_body_bytes, ChatRequest)
         context.check_model(fields.model)
         self._rules.check(raw, choice_count(fields))
-        chat = await prepare_chat(context, fields, memoryview(raw["messages"]).nbytes)
+        size = sum(memoryview(raw[name]).nbytes for name in ("messages", "tools", "documents") if name in raw)
+        chat = await prepare_chat(context, fields, size)
         return await answer(request, context, ChatReply(context, chat))
 
 
@@ -55,13 +69,14 @@ class ChatReply(ChunkReply):
     def __init__(self, context: ServingContext, chat: ChatJob) -> None:
         super().__init__(chat.job)
         self._tokenizer = context.tokenizer
-        self._num_logprobs = chat.num_logprobs
+        self._chat = chat
         self._parsers = [chat.new_parser() for _ in range(chat.job.n)]
+        self._has_calls = [False] * chat.job.n
 
     def _logprobs(self, entries: list[TokenLogprobs] | None) -> ChatLogprobs | None:
-        if self._num_logprobs is None:
+        if self._chat.num_logprobs is None:
             return None
-        return chat_logprobs(entries or [], self._num_logprobs, self._tokenizer)
+        return chat_logprobs(entries or [], self._chat.num_logprobs, self._tokenizer)
 
     def _chunk(self, choices: list[ChatChunkChoice]) -> ChatChunk:
         job = self.job
@@ -74,27 +89,38 @@ class ChatReply(ChunkReply):
         )
 
     def first_chunks(self) -> list[ChatChunk]:
-        """The role, once per choice."""
-        delta = Delta(role="assistant", content="")
-        return [self._chunk([ChatChunkChoice(index, delta)]) for index in range(self.job.n)]
+        """The role, once per choice; with tools there may be no content, and null stays null."""
+        delta = Delta(role="assistant", content=None if self._chat.tools else "")
+        deltas = [delta, Delta(content=self._chat.echo)] if self._chat.echo else [delta]
+        return [
+            self._chunk([ChatChunkChoice(index, delta)]) for index in range(self.job.n) for delta in deltas
+        ]
 
     def chunks(self, event: TextEvent) -> list[ChatChunk]:
         """New parts (or logprobs of text that is still held back), then the end."""
-        ended = event.finish_reason is not None
         deltas = [_delta(part) for part in self._parts(event)]
         logprobs = self._logprobs(event.logprobs) if event.logprobs else None
         if logprobs is not None and not deltas:
-            deltas = [Delta(content="")]
+            deltas = [Delta() if self._chat.tools else Delta(content="")]
         choices = [ChatChunkChoice(event.index, delta) for delta in deltas]
         if choices:
             choices[0].logprobs = logprobs
-        if ended:
-            choices.append(ChatChunkChoice(event.index, Delta(), finish_reason=event.finish_reason))
+        if event.finish_reason is not None:
+            choices.append(ChatChunkChoice(event.index, Delta(), finish_reason=self._finish(event)))
         return [self._chunk([choice]) for choice in choices]
 
     def _parts(self, event: TextEvent) -> list[Part]:
         parser = self._parsers[event.index]
-        return merge_parts(parser.feed(event.text, final=event.finish_reason is not None))
+        parts = merge_parts(parser.feed(event.text, final=event.finish_reason is not None))
+        if any(isinstance(part, ToolCallPart) for part in parts):
+            self._has_calls[event.index] = True
+        return parts
+
+    def _finish(self, event: TextEvent) -> ApiFinishReason | None:
+        """Only to be asked when the event's parts are known."""
+        return finish_reason(
+            event.finish_reason, has_calls=self._has_calls[event.index], names_tool=self._chat.names_tool
+        )
 
     def usage_chunk(self) -> ChatChunk:
         """No choices: clients must not look for text here."""
@@ -102,24 +128,24 @@ class ChatReply(ChunkReply):
 
     def whole(self, events: list[TextEvent], usage: Usage) -> ChatCompletion:
         """All choices at once."""
-        choices = [
-            ChatChoice(
-                event.index,
-                _message(self._parts(event)),
-                self._logprobs(event.logprobs),
-                event.finish_reason,
-            )
-            for event in events
-        ]
         job = self.job
         return ChatCompletion(
             id=job.id,
             created=job.created,
             model=job.model,
-            choices=choices,
+            choices=[self._choice(event) for event in events],
             usage=usage,
             system_fingerprint=job.fingerprint,
         )
+
+    def _choice(self, event: TextEvent) -> ChatChoice:
+        parts = self._parts(event)
+        if self._chat.echo:
+            parts = [TextPart(self._chat.echo), *parts]
+        message = _message(parts)
+        if self._chat.tools and not message.content:
+            message.content = None
+        return ChatChoice(event.index, message, self._logprobs(event.logprobs), self._finish(event))
 
 
 def _delta(part: Part) -> Delta:
@@ -127,10 +153,29 @@ def _delta(part: Part) -> Delta:
     match part:
         case TextPart(text):
             return Delta(content=text)
-        case _:
-            raise NotImplementedError(f"a chat chunk for {part}")
+        case ReasoningPart(text):
+            return Delta(reasoning_content=text)
+        case ToolCallPart(index, id, name):
+            return Delta(tool_calls=[DeltaToolCall(index, id, "function", DeltaFunction(name, ""))])
+        case ArgumentsPart(index, text):
+            return Delta(tool_calls=[DeltaToolCall(index, function=DeltaFunction(arguments=text))])
 
 
 def _message(parts: list[Part]) -> AssistantMessage:
     """All parts of a choice as one message."""
-    return AssistantMessage(content="".join(part.text for part in parts if isinstance(part, TextPart)))
+    message = AssistantMessage(
+        content="".join(part.text for part in parts if isinstance(part, TextPart)),
+    )
+    if reasoning := "".join(part.text for part in parts if isinstance(part, ReasoningPart)):
+        message.reasoning_content = reasoning
+    calls = [part for part in parts if isinstance(part, ToolCallPart)]
+    if calls:
+        message.tool_calls = [
+            AnswerToolCall(id=call.id, function=AnswerFunction(call.name, _arguments(parts, call.index)))
+            for call in calls
+        ]
+    return message
+
+
+def _arguments(parts: list[Part], index: int) -> str:
+    return "".join(part.text for part in parts if isinstance(part, ArgumentsPart) and part.index == index)

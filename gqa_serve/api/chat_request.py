@@ -12,12 +12,26 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
+
 from gqa_serve.api.errors import shorten
 from gqa_serve.api.message_parts import MessageParser, PlainParser
 from gqa_serve.api.params import check_capacity, choice_count, sampling_params
-from gqa_serve.api.protocol import ChatMessage, ChatRequest, ContentPart
+from gqa_serve.api.protocol import ChatMessage, ChatRequest, ContentPart, ToolCall
 from gqa_serve.api.serving import Job, ServingContext, fingerprint, off_loop
 from gqa_serve.api.structured_fields import structured_grammar
+from gqa_serve.api.thinking import Thinking, find_thinking
+from gqa_serve.api.tool_choice import ToolPlan, read_tools
+from gqa_serve.api.tool_grammar import answer_grammar
+from gqa_serve.api.tool_prompt import (
+    describe_tools,
+    new_call_id,
+    new_short_id,
+    with_description,
+    with_short_ids,
+    without_tool_turns,
+)
+from gqa_serve.api.tool_syntax import HERMES
 from gqa_serve.engine.chat_prompt import encode_chat
 from gqa_serve.engine.chat_template import ChatTemplate, check_template_kwargs
 from gqa_serve.engine.request import MAX_LOGPROBS
@@ -33,11 +47,21 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 @dataclasses.dataclass(frozen=True)
 class ChatJob:
-    """A job whose answers are messages: how to take their text apart, and how many logprobs to show."""
+    """A job whose answers are messages: how to take their text apart, and how many logprobs to show.
+
+    `names_tool`: the request named the function to call. `echo` is text that comes before the answer's.
+    """
 
     job: Job
     new_parser: Callable[[], MessageParser]
     num_logprobs: int | None
+    tools: ToolPlan | None = None
+    echo: str = ""
+
+    @property
+    def names_tool(self) -> bool:
+        """Whether the request named the function to call."""
+        return self.tools is not None and self.tools.is_named
 
 
 async def prepare_chat(
@@ -50,8 +74,16 @@ async def prepare_chat(
     model = context.check_model(fields.model)
     n = choice_count(fields)
     # Many small messages must count as well as a few large ones.
-    size += MESSAGE_COST_CHARS * len(fields.messages)
+    size += MESSAGE_COST_CHARS * (len(fields.messages) + len(fields.tools or []))
     messages = await off_loop(size, lambda: checked_messages(fields.messages))
+    plan = read_tools(fields)
+    if plan is not None and context.chat_format.syntax is None:
+        raise RequestError(
+            "This server was started with --tool-call-parser none, so it makes no tool calls; "
+            'leave tools out or send tool_choice "none".',
+            param="tools",
+        )
+    echo = _echo(fields, messages)
     num_logprobs = _num_logprobs(fields)
     for limit in ("max_tokens", "max_completion_tokens"):
         if getattr(fields, limit) == 0:
@@ -65,9 +97,14 @@ async def prepare_chat(
         logprobs=num_logprobs,
         prompt_logprobs=None,
         vocab_size=info.vocab_size,
-        grammar=await structured_grammar(fields, context.tokenizer),
     )
-    prompt = await _encode(context, fields, messages, size, info.max_model_len)
+    prompt = await _encode(context, fields, messages, plan, size, info.max_model_len)
+    thinking = find_thinking(context, messages, prompt, bool(fields.continue_final_message))
+    text_grammar = await structured_grammar(fields, context.tokenizer)
+    if grammar := await answer_grammar(context, plan, thinking, text_grammar):
+        params = msgspec.structs.replace(params, grammar=grammar)
+    if plan is not None and plan.must_call:
+        params = msgspec.structs.replace(params, stop=[])  # they end texts, and there is none
     job = Job.new(
         prefix,
         kind=kind,
@@ -77,19 +114,61 @@ async def prepare_chat(
         prompts=[prompt],
         params=[params.fit(len(prompt), info.max_model_len, param="messages")],
         n=n,
+        shown_ids=_shown_ids(context, plan, thinking),
+        new_counter=thinking and thinking.new_counter,
     )
-    return ChatJob(job, PlainParser, num_logprobs)
+    return ChatJob(job, _parsers(context, plan, thinking), num_logprobs, plan, echo)
+
+
+def _echo(fields: ChatRequest, messages: list[dict[str, Any]]) -> str:
+    """The text of the last message, if the answer is to begin with it. Raises RequestError."""
+    if not fields.echo:
+        return ""
+    last = messages[-1]
+    if last["role"] != "assistant":
+        raise RequestError(
+            "echo puts the last message before the answer, so that must be the assistant's.", param="echo"
+        )
+    content = last["content"]
+    return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
+
+
+def _shown_ids(context: ServingContext, plan: ToolPlan | None, thinking: Thinking | None) -> frozenset[int]:
+    """Control tokens that the parsers have to see."""
+    syntax = context.chat_format.syntax
+    shown = frozenset[int]() if thinking is None else thinking.tag_ids
+    if plan is not None and syntax is not None:
+        shown |= syntax.shown_ids(context.tokenizer)
+    return shown & context.tokenizer.special_ids
+
+
+def _parsers(
+    context: ServingContext, plan: ToolPlan | None, thinking: Thinking | None
+) -> Callable[[], MessageParser]:
+    """How to make the parser of one choice."""
+    format = context.chat_format
+    new_id = new_short_id if format.needs_short_ids else new_call_id
+
+    def new_parser() -> MessageParser:
+        parser: MessageParser = PlainParser()
+        if plan is not None and format.syntax is not None:
+            parser = format.syntax.parser(new_id, plan.names)
+        return parser if thinking is None else thinking.parser(parser)
+
+    return new_parser
 
 
 async def _encode(
     context: ServingContext,
     fields: ChatRequest,
     messages: list[dict[str, Any]],
+    plan: ToolPlan | None,
     size: int,
     max_model_len: int,
 ) -> list[int]:
     """The rendered conversation as token ids; control tokens in it are the template's."""
     options = template_options(fields, context.chat_template)
+    messages, tools = _with_tools(context, messages, plan)
     final = bool(fields.continue_final_message)
     if final and messages[-1]["role"] != "assistant":
         raise RequestError("continue_final_message needs an assistant message at the end.", param="messages")
@@ -104,6 +183,8 @@ async def _encode(
             max_model_len=max_model_len,
             add_generation_prompt=add_prompt,
             continue_final_message=final,
+            tools=tools,
+            documents=fields.documents,
             **options,
         )
 
@@ -128,6 +209,26 @@ async def _encode(
     return prompt
 
 
+def _with_tools(
+    context: ServingContext, messages: list[dict[str, Any]], plan: ToolPlan | None
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+    """Messages that the template can render, and the tools to give it: None if messages describe them."""
+    format = context.chat_format
+    syntax = format.syntax or HERMES
+    in_words = not (format.keeps_calls if plan is None else format.is_native)
+    if in_words and any(message["role"] == "tool" or "tool_calls" in message for message in messages):
+        messages = without_tool_turns(messages, syntax)
+    elif format.needs_short_ids:
+        messages = with_short_ids(messages)
+    if plan is None:
+        return messages, None
+    tools = plan.described()
+    if not in_words:
+        return messages, tools
+    description = describe_tools(tools, syntax, must_call=plan.must_call)
+    return with_description(messages, description, takes_system=format.takes_system), None
+
+
 def _content_chars(messages: list[dict[str, Any]]) -> int:
     """Characters of all contents: about the least that a template can make of the messages."""
     total = 0
@@ -140,6 +241,12 @@ def _content_chars(messages: list[dict[str, Any]]) -> int:
 def template_options(fields: ChatRequest, template: ChatTemplate) -> dict[str, Any]:
     """Variables for the template: `chat_template_kwargs` and `reasoning_effort`. Raises RequestError."""
     options = dict(fields.chat_template_kwargs or {})
+    if fields.documents and not template.reads_variable("documents"):
+        raise RequestError(
+            "This model's chat template takes no documents; put their text into a message.",
+            param="documents",
+            code="unsupported_parameter",
+        )
     check_template_kwargs(options)
     if clash := sorted(_ENCODE_OPTIONS & options.keys()):
         raise RequestError(
@@ -226,7 +333,10 @@ def _checked(message: ChatMessage, where: str) -> dict[str, Any]:
             f"{where}.tool_calls belongs to assistant messages only.", param=f"{where}.tool_calls"
         )
     if message.tool_calls:
-        result["tool_calls"] = [_tool_call(call) for call in message.tool_calls]
+        result["tool_calls"] = [
+            _tool_call(call, f"{where}.tool_calls[{number}]")
+            for number, call in enumerate(message.tool_calls)
+        ]
     if message.name is not None:
         result["name"] = message.name
     if message.tool_call_id is not None:
@@ -248,6 +358,8 @@ def _part_text(part: ContentPart, where: str) -> str:
     )
 
 
-def _tool_call(call: Any) -> dict[str, Any]:
+def _tool_call(call: ToolCall, where: str) -> dict[str, Any]:
+    if call.type not in (None, "function"):
+        raise RequestError(f"{where}.type must be 'function'.", param=f"{where}.type")
     function = {"name": call.function.name, "arguments": call.function.arguments or "{}"}
     return {"id": call.id, "type": call.type or "function", "function": function}

@@ -23,6 +23,7 @@ from gqa_serve.api.protocol import (
     EmbeddingUsage,
     SamplingFields,
 )
+from gqa_serve.api.request_ids import client_request_id
 from gqa_serve.api.serving import (
     Job,
     ServingContext,
@@ -55,6 +56,7 @@ class Embeddings:
         info = context.ready_info()
         _check_dimensions(fields, info)
         job = await self._job(fields, info, model)
+        request_id = client_request_id(request.scope) or job.id
         generation = submit(context, job, StopStrings([]))
         try:
             events = await unless_gone(request, generation.collect())
@@ -63,8 +65,8 @@ class Embeddings:
                 len(events) * info.hidden_size, lambda: _answer(events, fields, model, num_tokens)
             )
         finally:
-            end(job, generation)
-        return Response(body, 200, {"x-request-id": job.id}, "application/json")
+            end(job, generation, request_id)
+        return Response(body, 200, {"x-request-id": request_id}, "application/json")
 
     async def _job(self, fields: EmbeddingRequest, info: ModelInfo, model: str) -> Job:
         """One engine request per input, which generates nothing. Raises RequestError."""

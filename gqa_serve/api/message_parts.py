@@ -8,7 +8,9 @@ parser is fed ends up in exactly one part or is syntax that the parts stand for.
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol
+from typing import Literal, Protocol
+
+from gqa_serve.api.protocol import ApiFinishReason
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -58,6 +60,13 @@ class PlainParser:
     def feed(self, text: str, *, final: bool = False) -> list[Part]:
         """One part, if there is text."""
         return [TextPart(text)] if text else []
+
+
+def finish_reason(
+    reason: Literal["stop", "length"] | None, *, has_calls: bool, names_tool: bool
+) -> ApiFinishReason | None:
+    """What OpenAI says of the end: calls are a reason of their own, unless the request named the function."""
+    return "tool_calls" if reason == "stop" and has_calls and not names_tool else reason
 
 
 def merge_parts(parts: list[Part]) -> list[Part]:

@@ -33,16 +33,14 @@ MAX_HARMLESS_BYTES = 256  # of a refused field's JSON: none of the harmless valu
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, for /v1/completions only
 
 # Accepted because they ask for nothing this server could do otherwise: it stores nothing, has one service
-# tier, caches by content, and makes no tool calls.
+# tier and caches by content.
 NO_OPS = frozenset(
-    {"user", "metadata", "store", "service_tier", "safety_identifier", "parallel_tool_calls"}
+    {"user", "metadata", "store", "service_tier", "safety_identifier"}
     | {"prompt_cache_key", "prompt_cache_retention", "prompt_cache_options"}
 )
 
 # Field -> the values (besides null) that describe what happens anyway.
 _REFUSED: dict[str, tuple[Any, ...]] = {
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
@@ -64,7 +62,7 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
 }
 _REFUSED_CHAT = {
     **_REFUSED,
-    "echo": (False,),
+    "best_of": (1,),
     "suffix": ("",),
     "prompt_logprobs": (),
     "truncate_prompt_tokens": (),
@@ -77,7 +75,14 @@ _REFUSED_EMBEDDING: dict[str, tuple[Any, ...]] = {
     "embed_dtype": ("float32",),
     "endianness": ("native", "little"),
 }
+_REFUSED_CHAT.pop("documents")
 _REFUSED_COMPLETION = {**_REFUSED, "top_logprobs": (0,), "reasoning_effort": ()}
+_REFUSED_COMPLETION |= {"tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False)}
+
+_CURES = {
+    "functions": "send tools, which replaced it",
+    "function_call": "send tool_choice, which replaced it",
+}
 
 logger = logging.getLogger(__name__)
 
@@ -145,9 +150,10 @@ class FieldRules:
         harmless = self.refused[name]
         if value is None or any(_same(value, other) for other in harmless):
             return
+        cure = _CURES.get(name, "leave it out")
         allowed = ", ".join([msgspec.json.encode(other).decode() for other in harmless] + ["null"])
         raise RequestError(
-            f"{name} is not supported by this server; leave it out (or send {allowed}).",
+            f"{name} is not supported by this server; {cure} (or send {allowed}).",
             param=name,
             code="unsupported_parameter",
         )

@@ -193,8 +193,6 @@ class ChatRequest(SamplingFields):
     parallel_tool_calls: bool | None = None
     documents: list[dict[str, Any]] | None = None
     echo: bool | None = None
-    return_token_ids: bool | None = None
-    prompt_logprobs: Int | None = None
     logprobs: bool | None = None
     top_logprobs: Int | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -254,6 +252,12 @@ class PromptTokensDetails(msgspec.Struct):
     cached_tokens: int
 
 
+class CompletionTokensDetails(msgspec.Struct):
+    """How much of the output was thinking."""
+
+    reasoning_tokens: int
+
+
 class Usage(msgspec.Struct):
     """Token counts over all prompts and choices of a request."""
 
@@ -261,6 +265,7 @@ class Usage(msgspec.Struct):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | UnsetType = UNSET
 
 
 class TopLogprob(msgspec.Struct):

@@ -16,6 +16,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from functools import cached_property
 from typing import Any, Protocol, TypeVar
 
 import anyio.to_thread
@@ -28,9 +29,11 @@ from starlette.types import Receive, Scope, Send
 
 from gqa_serve import __version__
 from gqa_serve.api.access import AccessConfig
+from gqa_serve.api.chat_format import ChatFormat, find_format
 from gqa_serve.api.errors import shorten
 from gqa_serve.api.http_protocol import abort_connection
-from gqa_serve.api.protocol import PromptTokensDetails, SamplingFields, Usage
+from gqa_serve.api.protocol import CompletionTokensDetails, PromptTokensDetails, SamplingFields, Usage
+from gqa_serve.api.reasoning import ThinkingCounter
 from gqa_serve.api.request_ids import client_request_id
 from gqa_serve.api.text_stream import Choice, Generation, TextEvent, TokenStream
 from gqa_serve.engine.chat_template import ChatTemplate
@@ -83,6 +86,12 @@ class ServingConfig(AccessConfig, Protocol):
     @property
     def pooling(self) -> str: ...
 
+    @property
+    def tool_call_parser(self) -> str: ...
+
+    @property
+    def reasoning_parser(self) -> str: ...
+
 
 @dataclasses.dataclass(frozen=True)
 class ServingContext:
@@ -93,6 +102,15 @@ class ServingContext:
     chat_template: ChatTemplate
     config: ServingConfig
     started: int = dataclasses.field(default_factory=lambda: int(time.time()))
+
+    @cached_property
+    def chat_format(self) -> ChatFormat:
+        """What the chat template knows of tools and thinking."""
+        return find_format(
+            self.chat_template,
+            tool_call_parser=self.config.tool_call_parser,
+            reasoning_parser=self.config.reasoning_parser,
+        )
 
     @property
     def model_names(self) -> Sequence[str]:
@@ -152,6 +170,8 @@ class Job:
     params: Sequence[SamplingParams]  # one per prompt
     n: int
     pooling: Pooling | None = None
+    shown_ids: frozenset[int] = frozenset()  # control tokens that are shown, for a parser to see
+    new_counter: Callable[[], ThinkingCounter] | None = None  # None: nothing tells thinking from answers
 
     @classmethod
     def new(cls, prefix: str, **values: Any) -> Job:
@@ -183,7 +203,11 @@ class Job:
         num_prompt = sum(len(prompt) for prompt in self.prompts)
         num_output = sum(choice.num_tokens for choice in generation.choices)
         cached = sum(choice.num_cached_tokens for choice in generation.choices[:: self.n])
-        return Usage(num_prompt, num_output, num_prompt + num_output, PromptTokensDetails(cached))
+        usage = Usage(num_prompt, num_output, num_prompt + num_output, PromptTokensDetails(cached))
+        if self.new_counter is not None:
+            num_thinking = sum(choice.num_thinking_tokens for choice in generation.choices)
+            usage.completion_tokens_details = CompletionTokensDetails(num_thinking)
+        return usage
 
 
 class Reply(Protocol):
@@ -217,9 +241,14 @@ def submit(context: ServingContext, job: Job, stops: StopStrings) -> Generation:
         for index, request in enumerate(job.engine_requests()):
             stream = context.engine.submit(request)
             assembler = TextAssembler(
-                context.tokenizer, job.params[index // job.n], request.prompt, stops=stops
+                context.tokenizer,
+                job.params[index // job.n],
+                request.prompt,
+                stops=stops,
+                shown_ids=job.shown_ids,
             )
-            choices.append(Choice(index, request, stream, assembler))
+            counter = job.new_counter and job.new_counter()
+            choices.append(Choice(index, request, stream, assembler, counter))
     except BaseException:
         for choice in choices:
             choice.stream.abort()

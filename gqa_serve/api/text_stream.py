@@ -69,15 +69,30 @@ def merge_events(events: Sequence[TextEvent]) -> TextEvent:
     )
 
 
-class Choice:
-    """One engine request under way, with its text."""
+class Counter(Protocol):
+    """`ThinkingCounter` as used here."""
 
-    def __init__(self, index: int, request: EngineRequest, stream: TokenStream, assembler: Assembler) -> None:
+    def count(self, token_ids: Sequence[int]) -> int: ...
+
+
+class Choice:
+    """One engine request under way, with its text; `counter` says which tokens are thinking."""
+
+    def __init__(
+        self,
+        index: int,
+        request: EngineRequest,
+        stream: TokenStream,
+        assembler: Assembler,
+        counter: Counter | None = None,
+    ) -> None:
         self.index = index
         self.request = request
         self.stream = stream
         self.assembler = assembler
+        self.counter = counter
         self.num_tokens = 0
+        self.num_thinking_tokens = 0
         self.num_cached_tokens = 0
         self.finish_reason: str | None = None
         """Also "abort" and "error"; None while the engine works (or if the client left before the end)."""
@@ -124,6 +139,8 @@ class Generation:
                 delta.error or "The server stopped this answer before it was complete."
             )
         choice.num_tokens += len(delta.token_ids)  # the stop token included, tokens after a stop string not
+        if choice.counter is not None:
+            choice.num_thinking_tokens += choice.counter.count(delta.token_ids)
         choice.num_cached_tokens = max(choice.num_cached_tokens, output.num_cached_tokens)
         return TextEvent(
             choice.index,

@@ -38,6 +38,7 @@ class _OnlySizes:
 
     model_info: ModelInfo
     state: str = "ready"
+    num_requests: int = 0
 
     def submit(self, request: EngineRequest) -> Any:
         """Nothing is computed here."""

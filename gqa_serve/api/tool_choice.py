@@ -11,7 +11,15 @@ import re
 from typing import Any
 
 from gqa_serve.api.errors import shorten
-from gqa_serve.api.protocol import AllowedTools, ChatRequest, FunctionDefinition, NamedTool, Tool, ToolChoice
+from gqa_serve.api.protocol import (
+    AllowedTools,
+    ChatRequest,
+    FunctionDefinition,
+    FunctionName,
+    NamedTool,
+    Tool,
+    ToolChoice,
+)
 from gqa_serve.errors import RequestError
 
 MAX_TOOLS = 512
@@ -126,7 +134,7 @@ def _chosen(choice: ToolChoice, places: dict[str, int]) -> tuple[list[int], bool
     """Which tools an object chooses, whether one must be called, and whether it was named."""
     if choice.type == "function":
         where = "tool_choice.function"
-        return [_place(choice.function and choice.function.name, places, where)], True, True
+        return [_place(choice.function, places, where)], True, True
     if choice.type != "allowed_tools":
         raise RequestError(
             f"tool_choice.type must be 'function' or 'allowed_tools', got {shorten(choice.type)!r}.",
@@ -144,21 +152,23 @@ def _allowed(allowed: AllowedTools, places: dict[str, int], where: str) -> list[
     if not 0 < len(allowed.tools) <= MAX_TOOLS:
         raise RequestError(f"{where}.tools must name 1 to {MAX_TOOLS} tools.", param=f"{where}.tools")
     numbers = [
-        _place(_name(tool, f"{where}.tools[{number}]"), places, f"{where}.tools[{number}].function")
+        _place(_function(tool, f"{where}.tools[{number}]"), places, f"{where}.tools[{number}].function")
         for number, tool in enumerate(allowed.tools)
     ]
     return sorted(set(numbers))
 
 
-def _name(tool: NamedTool, where: str) -> str | None:
+def _function(tool: NamedTool, where: str) -> FunctionName | None:
     if tool.type != "function":
         raise RequestError(f"{where}.type must be 'function'.", param=f"{where}.type")
-    return tool.function and tool.function.name
+    return tool.function
 
 
-def _place(name: str | None, places: dict[str, int], where: str) -> int:
-    if name is None:
+def _place(function: FunctionName | None, places: dict[str, int], where: str) -> int:
+    if function is None:
         raise RequestError(f"Missing required field: {where}.", param=where)
-    if name not in places:
-        raise RequestError(f"{where}.name: there is no tool {shorten(name)!r}.", param=f"{where}.name")
-    return places[name]
+    if function.name not in places:
+        raise RequestError(
+            f"{where}.name: there is no tool {shorten(function.name)!r}.", param=f"{where}.name"
+        )
+    return places[function.name]

@@ -1,8 +1,8 @@
 """Finds tool calls in the text of a model, for each family's way to spell them, while the text comes.
 
 Owns the markers of the families and what stands between them; `call_object.py` reads the JSON inside. Knows
-no requests and no tokens. Invariants: however a text is cut into pieces, the parts (merged) are the same; what
-turns out to be no call is text, every character of it; blanks next to a call belong to the syntax.
+no requests and no tokens. Invariants: however a text is cut into pieces, the parts (merged) are the same;
+what turns out to be no call is text, every character of it; blanks next to a call belong to the syntax.
 """
 
 from __future__ import annotations

@@ -94,11 +94,12 @@ class ToolSyntax:
             return ["start: calls | TEXT", r"TEXT: /[ \t\r\n]*([^{ \t\r\n](?s:.*))?/", calls]
         trigger = lark_text(self.trigger, vocabulary)
         is_text = trigger.startswith('"')
+        opening, closing = (lark_text(text, vocabulary) for text in (self.opening, self.closing))
         within = "" if self.trigger in self.separator else more
         return [
             "start: (lead tail)* TEXT" if plan.is_parallel else "start: lead tail | TEXT",
             f"lead{'[lazy]' if is_text else ''}: TEXT {trigger}",
-            f"tail: {lark_text(self.opening, vocabulary)} call {within} {lark_text(self.closing, vocabulary)}",
+            f"tail: {opening} call {within} {closing}",
             f"TEXT: /{_TEXT}/",
         ]
 

@@ -36,6 +36,9 @@ def encode_chat(
     """
     literal = _Literals(tokenizer.special_texts)
     prepared = [literal.hide(message) for message in normalise_messages(messages, template)]
+    for name in ("tools", "documents"):
+        if options.get(name) is not None:
+            options[name] = literal.hide(options[name])
     text = template.render(prepared, **options)
     parts = literal.split(text)
     if max_model_len is not None:
@@ -62,7 +65,7 @@ class _Literals:
         if isinstance(value, str):
             return value if self._special is None else self._special.sub(self._mark, value)
         if isinstance(value, Mapping):
-            return {key: self.hide(item) for key, item in value.items()}
+            return {self.hide(key): self.hide(item) for key, item in value.items()}
         if isinstance(value, list):
             return [self.hide(item) for item in value]
         return value

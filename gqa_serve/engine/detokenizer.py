@@ -27,14 +27,20 @@ class IncrementalDetokenizer:
     With `prompt_ids` the text is a continuation: a tokenizer that drops the space at the start of a text
     keeps it here, and a character that the prompt's last tokens began is completed. Byte tokens of
     SentencePiece vocabularies are shown when the run of them ends, because one invalid byte makes
-    `tokenizers` replace every byte of its run by U+FFFD.
+    `tokenizers` replace every byte of its run by U+FFFD. `shown_ids` are special tokens that are text all
+    the same.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = ()
+        self,
+        tokenizer: Tokenizer,
+        *,
+        skip_special_tokens: bool = True,
+        prompt_ids: Sequence[int] = (),
+        shown_ids: frozenset[int] = frozenset(),
     ) -> None:
         self._pieces = tokenizer.pieces
-        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._skipped = tokenizer.special_ids - shown_ids if skip_special_tokens else frozenset()
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._byte_run = bytearray()
         self._started = any(self._shows(token_id) for token_id in prompt_ids)
@@ -122,6 +128,7 @@ class TextAssembler:
     If a delta has a finish_reason though its output had none, a stop string matched: the caller aborts the
     request in the engine and feeds nothing more. `prompt_ids` makes the text a continuation of the prompt
     (see IncrementalDetokenizer). `stops` is `params.stop` compiled, for callers with several choices.
+    `shown_ids` are special tokens to show though others are skipped: a parser needs to see them.
     """
 
     def __init__(
@@ -131,11 +138,15 @@ class TextAssembler:
         prompt_ids: Sequence[int] = (),
         *,
         stops: StopStrings | None = None,
+        shown_ids: frozenset[int] = frozenset(),
     ) -> None:
         self._params = params
         self._special_ids = tokenizer.special_ids
         self._detokenizer = IncrementalDetokenizer(
-            tokenizer, skip_special_tokens=params.skip_special_tokens, prompt_ids=prompt_ids
+            tokenizer,
+            skip_special_tokens=params.skip_special_tokens,
+            prompt_ids=prompt_ids,
+            shown_ids=shown_ids,
         )
         self._stops = StopMatcher(
             StopStrings(params.stop) if stops is None else stops, include=params.include_stop_str_in_output

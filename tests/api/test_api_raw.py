@@ -331,7 +331,7 @@ def test_nesting_within_the_limit_and_brackets_in_strings(server: Server) -> Non
         ('"unknown": 1E+309', "unknown"),
         ('"unknown": ' + "9" * 250 + "e100", "unknown"),
         ('"unknown": 1e999, "unknown": 1', ""),
-        ('"tools": [' + "9" * 5000 + "]", "tools"),
+        ('"functions": [' + "9" * 5000 + "]", "functions"),
         ('"best_of": ' + "9" * 5000, "best_of"),
         ('"messages": [{"role": "user", "content": "x", "extra": 1e999}]', "messages"),
     ],
@@ -432,7 +432,7 @@ def test_duplicated_keys_take_the_last(server: Server, engine: FakeEngine) -> No
         ({"continue_final_message": True}, "messages"),
         ({"model": 7}, "model"),
         # Documented elsewhere, not built here: refused, not ignored.
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"functions": [{"name": "f"}]}, "functions"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
         ({"functions": [{"name": "f"}]}, "functions"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
@@ -194,9 +193,11 @@ def test_text_is_not_held_back_longer_than_it_must() -> None:
 
 
 FRAGMENTS = st.sampled_from(
-    ["<tool_call>", "</tool_call>", "<|python_tag|>", "[TOOL_CALLS]", "[ARGS]", "[", "]", "{", "}", '"', "\\"]
-    + ['{"name": "add", ', '"arguments": ', '"parameters": {}', '{"a": 1}', '"}', ",", ":", ";", " ", "\n"]
-    + ["add", "text", "<", "é\u00a0", "null", "<think>", "</think>", "</", "<tool"]
+    [
+        *("<tool_call>", "</tool_call>", "<|python_tag|>", "[TOOL_CALLS]", "[ARGS]", "<think>", "</think>"),
+        *("[", "]", "{", "}", '"', "\\", '{"name": "add", ', '"arguments": ', '"parameters": {}', '{"a": 1}'),
+        *('"}', ",", ":", ";", " ", "\n", "add", "text", "<", "é\u00a0", "null", "</", "<tool"),
+    ]
 )
 WRITTEN = st.lists(FRAGMENTS, max_size=14).map("".join)
 
@@ -285,5 +286,5 @@ def test_thinking_streams() -> None:
 
 
 def test_every_parser_is_a_message_parser() -> None:
-    parsers: list[Callable[[], MessageParser]] = [lambda: new_parser(family) for family in FAMILIES]
-    assert all(parser().feed("", final=True) == [] for parser in parsers)
+    parsers: list[MessageParser] = [new_parser(family) for family in FAMILIES]
+    assert all(parser.feed("", final=True) == [] for parser in parsers)

@@ -1,4 +1,4 @@
-"""Grammars of tool calls: what they let through, for each family, with markers as text and as control tokens."""
+"""Grammars of tool calls: what they let through, for each family, with markers as text and as tokens."""
 
 from __future__ import annotations
 
