@@ -90,6 +90,7 @@ async def prepare_chat(
             raise RequestError(f"{limit} must be at least 1.", param=limit)
     info = context.ready_info()
     check_capacity(info, 1, n)
+    text_grammar = await structured_grammar(fields, context.tokenizer)
     params = sampling_params(
         fields,
         info.generation_config,
@@ -97,14 +98,14 @@ async def prepare_chat(
         logprobs=num_logprobs,
         prompt_logprobs=None,
         vocab_size=info.vocab_size,
+        grammar=text_grammar,
     )
     prompt = await _encode(context, fields, messages, plan, size, info.max_model_len)
     thinking = find_thinking(context, messages, prompt, bool(fields.continue_final_message))
-    text_grammar = await structured_grammar(fields, context.tokenizer)
-    if grammar := await answer_grammar(context, plan, thinking, text_grammar):
-        params = msgspec.structs.replace(params, grammar=grammar)
-    if plan is not None and plan.must_call:
-        params = msgspec.structs.replace(params, stop=[])  # they end texts, and there is none
+    grammar = await answer_grammar(context, plan, thinking, text_grammar)
+    # Stop strings end texts; a call that must come is none.
+    stop = [] if plan is not None and plan.must_call else params.stop
+    params = msgspec.structs.replace(params, grammar=grammar, stop=stop)
     job = Job.new(
         prefix,
         kind=kind,
