@@ -61,6 +61,7 @@ class Operation:
     done: bool = True  # whether the stream's last event is `data: [DONE]`
     errors: Sequence[int] = ()
     error: Any = ErrorBody
+    query: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)  # name -> schema
     example: Mapping[str, Any] | None = None  # a body to try, but for `model`
 
 
@@ -121,15 +122,11 @@ def document(
     table: Sequence[Operation], *, root_path: str, secured: bool, model: str | None
 ) -> dict[str, Any]:
     """The whole description. `model` is the name that examples ask for, where one is known."""
-    types = [*_types(table), ErrorBody]
-    _, schemas = msgspec.json.schema_components(types, ref_template=_REF)
-    for operation in table:
-        if operation.rules is not None:
-            _add_other_fields(schemas[operation.request.__name__], operation.rules)
+    schemas = _Schemas(table)
     paths: dict[str, dict[str, Any]] = {}
     for operation in table:
         paths.setdefault(_template(operation.path), {})[operation.method] = _operation(
-            operation, secured=secured, model=model
+            operation, schemas, secured=secured, model=model
         )
     result: dict[str, Any] = {
         "openapi": "3.1.0",
@@ -141,7 +138,7 @@ def document(
         "servers": [{"url": root_path or "/"}],
         "tags": [{"name": tag} for tag in dict.fromkeys(operation.tag for operation in table)],
         "paths": paths,
-        "components": {"schemas": schemas},
+        "components": {"schemas": schemas.components},
     }
     if secured:
         result["components"]["securitySchemes"] = {
@@ -151,23 +148,31 @@ def document(
     return result
 
 
-def _types(table: Iterable[Operation]) -> list[Any]:
-    found = [
-        type
-        for operation in table
-        for type in (operation.request, operation.response, operation.stream, operation.error)
-        if type is not None
-    ]
-    return list(dict.fromkeys(found))
+class _Schemas:
+    """The schemas of all types at once, because the name of one depends on whether another has it too."""
+
+    def __init__(self, table: Iterable[Operation]) -> None:
+        found = [
+            type
+            for operation in table
+            for type in (operation.request, operation.response, operation.stream, operation.error)
+            if type is not None
+        ]
+        types = list(dict.fromkeys(found))
+        schemas, self.components = msgspec.json.schema_components(types, ref_template=_REF)
+        self._schemas: dict[Any, dict[str, Any]] = dict(zip(types, schemas, strict=True))
+        for operation in table:
+            if operation.rules is not None:
+                name = self.of(operation.request)["$ref"].rpartition("/")[2]
+                _add_other_fields(self.components[name], operation.rules)
+
+    def of(self, type: Any) -> dict[str, Any]:
+        """The schema of a type, by reference if it is a struct."""
+        return self._schemas[type]
 
 
 def _template(path: str) -> str:
     return path.replace(":path}", "}")
-
-
-def _schema(type: Any) -> dict[str, Any]:
-    (schema,), _ = msgspec.json.schema_components([type], ref_template=_REF)
-    return schema
 
 
 def _add_other_fields(schema: dict[str, Any], rules: FieldRules) -> None:
@@ -183,11 +188,13 @@ def _add_other_fields(schema: dict[str, Any], rules: FieldRules) -> None:
         properties[name] = {"description": "Accepted; there is nothing for it to do here."}
 
 
-def _operation(operation: Operation, *, secured: bool, model: str | None) -> dict[str, Any]:
+def _operation(
+    operation: Operation, schemas: _Schemas, *, secured: bool, model: str | None
+) -> dict[str, Any]:
     open_to_all = operation.path in OPEN_PATHS
-    content: dict[str, Any] = {operation.media_type: {"schema": _schema(operation.response)}}
+    content: dict[str, Any] = {operation.media_type: {"schema": schemas.of(operation.response)}}
     if operation.stream is not None:
-        content["text/event-stream"] = {"schema": _event(operation)}
+        content["text/event-stream"] = {"schema": _event(operation, schemas)}
     statuses = [*operation.errors, *([] if open_to_all or not secured else [401])]
     result: dict[str, Any] = {
         "operationId": _operation_id(operation),
@@ -195,14 +202,20 @@ def _operation(operation: Operation, *, secured: bool, model: str | None) -> dic
         "summary": operation.summary,
         "responses": {
             "200": {"description": "The answer.", "headers": _headers(200), "content": content},
-            **{str(status): _error(operation, status) for status in sorted(statuses)},
+            **{str(status): _error(operation, schemas, status) for status in sorted(statuses)},
         },
     }
+    parameters: list[dict[str, Any]] = []
     if "{" in operation.path:
         schema = {"type": "string", "minLength": 1}
-        result["parameters"] = [{"name": "id", "in": "path", "required": True, "schema": schema}]
+        parameters.append({"name": "id", "in": "path", "required": True, "schema": schema})
+    parameters += [
+        {"name": name, "in": "query", "schema": schema} for name, schema in operation.query.items()
+    ]
+    if parameters:
+        result["parameters"] = parameters
     if operation.request is not None:
-        body: dict[str, Any] = {"schema": _schema(operation.request)}
+        body: dict[str, Any] = {"schema": schemas.of(operation.request)}
         if operation.example is not None:
             body["example"] = {**({"model": model} if model else {}), **operation.example}
         result["requestBody"] = {"required": True, "content": {"application/json": body}}
@@ -211,9 +224,9 @@ def _operation(operation: Operation, *, secured: bool, model: str | None) -> dic
     return result
 
 
-def _event(operation: Operation) -> dict[str, Any]:
+def _event(operation: Operation, schemas: _Schemas) -> dict[str, Any]:
     """One server-sent event; an error takes the place of what could not be computed any more."""
-    schema: dict[str, Any] = {"anyOf": [_schema(operation.stream), _schema(operation.error)]}
+    schema: dict[str, Any] = {"anyOf": [schemas.of(operation.stream), schemas.of(operation.error)]}
     data: dict[str, Any] = {"type": "string", "contentMediaType": "application/json", "contentSchema": schema}
     if operation.done:
         data = {"anyOf": [{"const": "[DONE]"}, data]}
@@ -226,11 +239,11 @@ def _operation_id(operation: Operation) -> str:
     return "_".join([operation.method, *words])
 
 
-def _error(operation: Operation, status: int) -> dict[str, Any]:
+def _error(operation: Operation, schemas: _Schemas, status: int) -> dict[str, Any]:
     return {
         "description": f"{http.HTTPStatus(status).phrase}. {_WHEN[status]}",
         "headers": _headers(status),
-        "content": {"application/json": {"schema": _schema(operation.error)}},
+        "content": {"application/json": {"schema": schemas.of(operation.error)}},
     }
 
 
