@@ -44,7 +44,7 @@ def create_app(
 
 
 def routes(context: ServingContext) -> list[Route]:
-    """Every route; `openapi.py` describes the same ones."""
+    """Every route; `operations.py` describes the same ones."""
     system = System(context)
     docs = Docs(context)
     return [
