@@ -49,7 +49,7 @@ def create_app(
 
 
 def routes(context: ServingContext) -> list[Route]:
-    """Every route; `openapi.py` describes the same ones."""
+    """Every route; `operations.py` describes the same ones."""
     system = System(context)
     docs = Docs(context)
     responses = Responses(context)

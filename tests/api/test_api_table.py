@@ -1,7 +1,7 @@
 """The tables of docs/api.md, row by row: they name every field there is, and each does what its row says.
 
 To walk the table of another endpoint, add a line to `WALKS`; what the endpoint knows comes from its operation
-in `openapi.py`.
+in `operations.py`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import pytest
 from fake_engine import MODEL, FakeEngine, Script, Server
 from test_api_raw import Reply, post, send
 
-from gqa_serve.api import openapi
+from gqa_serve.api.operations import operations
 from gqa_serve.api.params import FieldRules
 
 PAGE = Path(__file__).parents[2] / "docs" / "api.md"
@@ -44,7 +44,7 @@ class Walk:
 
     @property
     def rules(self) -> FieldRules:
-        (operation,) = [one for one in openapi.operations() if one.path == self.path and one.method == "post"]
+        (operation,) = [one for one in operations() if one.path == self.path and one.method == "post"]
         assert operation.rules is not None
         return operation.rules
 
@@ -134,7 +134,7 @@ def rows() -> list[Any]:
 
 def test_every_section_with_a_table_is_walked() -> None:
     assert set(tables()) == set(WALKS)
-    described = {one.path for one in openapi.operations() if one.rules is not None}
+    described = {one.path for one in operations() if one.rules is not None}
     assert {walk.path for walk in WALKS.values()} == described
 
 
