@@ -14,25 +14,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from gqa_serve.engine.json_schemas import enforceable
 from gqa_serve.engine.request import MAX_GRAMMAR_CHARS
 from gqa_serve.errors import RequestError
 
 if TYPE_CHECKING:
     from gqa_serve.engine.tokenizer import Tokenizer
 
-MAX_SCHEMA_DEPTH = 64
 MAX_CHOICES = 4096
 MAX_MESSAGE_CHARS = 300
 MAX_GBNF_RULES = 512  # the conversion takes time quadratic in these
 
-_SCHEMA_OPTIONS = {
-    "whitespace_flexible": False,
-    "item_separator": ", ?",
-    "key_separator": ": ?",
-    "lenient": False,
-    "coerce_one_of": False,
-}
-_OPTIONS_KEY = "x-guidance"
 _RULE_OPTIONS = re.compile(r"^[ \t]*[?!]?\w[\w-]*\[([^\]\n]*)\][ \t]*:", re.MULTILINE)
 _REFUSED_OPTION = re.compile(r"\b(temperature|max_tokens|stop|stop_capture)\b")
 
@@ -50,7 +42,7 @@ def blaming(param: str) -> Iterator[None]:
 
 def json_schema_grammar(schema: Any) -> str:
     """JSON that a schema (an object or a boolean) describes. Raises RequestError."""
-    return _dump([{"name": "json", "json_schema": _with_options(schema)}])
+    return _dump([{"name": "json", "json_schema": enforceable(schema)}])
 
 
 def json_object_grammar() -> str:
@@ -60,7 +52,7 @@ def json_object_grammar() -> str:
 
 def json_rule(schema: Any) -> str:
     """`%json {...}` for a schema inside a Lark grammar, with the same rules on white space and keywords."""
-    return "%json " + json.dumps(_with_options(schema), ensure_ascii=False)
+    return "%json " + json.dumps(enforceable(schema), ensure_ascii=False)
 
 
 def regex_grammar(pattern: str) -> str:
@@ -131,33 +123,6 @@ def check_grammar(grammar: str, tokenizer: Tokenizer, *, param: str) -> None:
         compiler_for(tokenizer).compile(grammar)
     except GrammarError as error:
         raise RequestError(str(error), param=param) from error
-
-
-def _with_options(schema: Any) -> dict[str, Any]:
-    if schema is True:
-        schema = {}
-    if schema is False:
-        raise RequestError("The JSON schema is false, which nothing satisfies.")
-    if not isinstance(schema, dict):
-        raise RequestError("A JSON schema is an object.")
-    if _OPTIONS_KEY in schema:
-        raise RequestError(f"{_OPTIONS_KEY} is not a keyword of JSON schemas; leave it out.")
-    _check_depth(schema)
-    return {**schema, _OPTIONS_KEY: _SCHEMA_OPTIONS}
-
-
-def _check_depth(schema: dict[str, Any]) -> None:
-    level: list[Any] = [schema]
-    for _ in range(MAX_SCHEMA_DEPTH):
-        level = [
-            inner
-            for value in level
-            for inner in (value.values() if isinstance(value, dict) else value)
-            if isinstance(inner, dict | list)
-        ]
-        if not level:
-            return
-    raise RequestError(f"The JSON schema is nested more than {MAX_SCHEMA_DEPTH} levels deep.")
 
 
 def _escape_in_regex(match: re.Match[str]) -> str:
