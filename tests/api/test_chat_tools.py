@@ -274,14 +274,12 @@ def test_the_prompt_may_open_the_thinking() -> None:
         says(engine, "Hm.\n</think>\n\nYes.")
         message: Any = client.chat.completions.create(model=MODEL, messages=USER).choices[0].message
         assert (message.reasoning_content, message.content) == ("Hm.", "Yes.")
-        # A message that is continued says itself where it stands.
-        says(engine, " more</think>Yes.")
+        # A message that is continued is past the thinking.
+        says(engine, " yes.")
+        messages: Any = [*USER, {"role": "assistant", "content": "Well,"}]
         extra: Any = {"continue_final_message": True}
-        for begun, expected in (("x</think>Well,", (None, " more</think>Yes.")),):
-            messages: Any = [*USER, {"role": "assistant", "content": begun}]
-            message = client.chat.completions.create(model=MODEL, messages=messages, extra_body=extra)
-            got: Any = message.choices[0].message
-            assert (getattr(got, "reasoning_content", None), got.content) == expected
+        answer = client.chat.completions.create(model=MODEL, messages=messages, extra_body=extra)
+        assert answer.choices[0].message.content == " yes."
     with chatting(tool_templates.DEEPSEEK, reasoning_parser="none") as (engine, client, _):
         says(engine, "Hm.\n</think>\n\nYes.")
         message = client.chat.completions.create(model=MODEL, messages=USER).choices[0].message
