@@ -34,6 +34,7 @@ from gqa_serve.api.message_parts import (
     merge_parts,
 )
 from gqa_serve.api.protocol import Usage
+from gqa_serve.api.reasoning import thinking_tokens
 from gqa_serve.api.text_stream import TextEvent
 from gqa_serve.engine.tokenizer import Tokenizer
 from gqa_serve.errors import ContextLengthError, RequestError
@@ -63,7 +64,7 @@ def error_body(error: Exception, request_id: str | None) -> bytes:
             )
         elif error.code == "context_length_exceeded":
             message = f"prompt is too long: {message}"
-        elif error.param is not None and error.param not in message:
+        elif error.param is not None and not message.startswith(error.param):
             message = f"{error.param}: {message}"
         default = "invalid_request_error" if error.status < 500 else "api_error"
         detail = ErrorDetail(_ERROR_TYPES.get(error.status, default), shorten(message, MAX_MESSAGE_CHARS))
@@ -229,14 +230,13 @@ class MessagesReply:
 
     def _usage(self, usage: Usage) -> MessageUsage:
         cached = usage.prompt_tokens_details.cached_tokens
-        thinking = self._blocks.thinking
-        num_thinking = len(self._tokenizer.encode(thinking, add_special_tokens=False)) if thinking else 0
+        num_thinking = thinking_tokens(usage, self._blocks.thinking, self._tokenizer)
         return MessageUsage(
             input_tokens=usage.prompt_tokens - cached,
             cache_creation_input_tokens=0,
             cache_read_input_tokens=cached,
             output_tokens=usage.completion_tokens,
-            output_tokens_details=OutputTokensDetails(min(num_thinking, usage.completion_tokens)),
+            output_tokens_details=OutputTokensDetails(num_thinking),
         )
 
 

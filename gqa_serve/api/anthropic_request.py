@@ -142,9 +142,7 @@ def _choice(fields: CountRequest) -> dict[str, Any]:
             f"tool_choice.type must be one of auto, any, tool, none; got {shorten(choice.type)!r}.",
             param="tool_choice.type",
         )
-    if choice.type != "none" and not fields.tools:
-        raise RequestError("tool_choice needs tools.", param="tool_choice")
-    return {"tool_choice": _CHOICES[choice.type] if fields.tools else None, "parallel_tool_calls": parallel}
+    return {"tool_choice": _CHOICES[choice.type], "parallel_tool_calls": parallel}
 
 
 def _tool(tool: ToolParam, where: str) -> Tool:

@@ -12,8 +12,10 @@ from collections.abc import Sequence
 
 from gqa_serve.api.call_object import BLANKS
 from gqa_serve.api.message_parts import MessageParser, Part, ReasoningPart
+from gqa_serve.api.protocol import CompletionTokensDetails, Usage
 from gqa_serve.api.tool_syntax import Vocabulary, lark_text
 from gqa_serve.engine.grammars import lark_grammar
+from gqa_serve.engine.tokenizer import Tokenizer
 
 OPENING, CLOSING = "<think>", "</think>"
 
@@ -121,3 +123,12 @@ class ThinkingCounter:
             if token == self._closing:
                 self._is_open, self._patience = False, 0
         return number
+
+
+def thinking_tokens(usage: Usage, thinking: str, tokenizer: Tokenizer) -> int:
+    """How many tokens of an answer were thinking: as counted, or of its text where tags are no tokens."""
+    details = usage.completion_tokens_details
+    if isinstance(details, CompletionTokensDetails):
+        return details.reasoning_tokens
+    number = len(tokenizer.encode(thinking, add_special_tokens=False)) if thinking else 0
+    return min(number, usage.completion_tokens)

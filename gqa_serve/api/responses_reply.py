@@ -19,6 +19,7 @@ from gqa_serve.api.errors import ErrorBody, error_json
 from gqa_serve.api.logprobs import chat_logprobs
 from gqa_serve.api.message_parts import TextPart, merge_parts
 from gqa_serve.api.protocol import ChatTokenLogprob, Usage
+from gqa_serve.api.reasoning import thinking_tokens
 from gqa_serve.api.response_store import ResponseStore, StoredResponse
 from gqa_serve.api.responses_output import Event, Output
 from gqa_serve.api.responses_protocol import (
@@ -133,13 +134,12 @@ class ResponseReply:
             response.completed_at = int(time.time())
 
     def _usage(self, usage: Usage) -> ResponseUsage:
-        thinking = self._output.reasoning_text()
-        num_thinking = len(self._tokenizer.encode(thinking, add_special_tokens=False)) if thinking else 0
+        num_thinking = thinking_tokens(usage, self._output.reasoning_text(), self._tokenizer)
         return ResponseUsage(
             usage.prompt_tokens,
             InputTokensDetails(usage.prompt_tokens_details.cached_tokens),
             usage.completion_tokens,
-            OutputTokensDetails(min(num_thinking, usage.completion_tokens)),
+            OutputTokensDetails(num_thinking),
             usage.total_tokens,
         )
 

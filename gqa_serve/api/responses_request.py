@@ -236,7 +236,10 @@ def chat_request(
     if fields.instructions:
         messages.insert(0, ChatMessage("system", fields.instructions))
         paths.insert(0, "instructions")
-    names.update({f"messages[{number}]": path for number, path in enumerate(paths)})
+    names |= {f"messages[{number}]": path for number, path in enumerate(paths)}
+    if isinstance(fields.tool_choice, ToolChoiceParam):
+        for number in range(len(fields.tool_choice.tools or [])):
+            names[f"tool_choice.allowed_tools.tools[{number}].function"] = f"tool_choice.tools[{number}]"
     for number, (path, _) in enumerate(tools):
         names[f"tools[{number}]"] = names[f"tools[{number}].function"] = path
     format = text_format(fields)

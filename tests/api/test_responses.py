@@ -9,9 +9,8 @@ import openai
 import pytest
 from fake_engine import IM_END, IM_START, MAX_MODEL_LEN, MODEL, FakeEngine, Script, Server, serving
 from openai.types.responses import Response, ResponseItemList
-from scripted_parser import call, install, think
+from tool_model import call, think, tool_server
 
-from gqa_serve.api import responses
 from gqa_serve.engine.request import EngineRequest
 
 TOOL = {
@@ -21,6 +20,12 @@ TOOL = {
     "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
     "strict": False,
 }
+
+
+@pytest.fixture(scope="module")
+def shared_server() -> Iterator[Server]:
+    with tool_server() as running:
+        yield running
 
 
 def prompt_text(request: EngineRequest) -> str:
@@ -38,11 +43,6 @@ def says(engine: FakeEngine, *texts: str) -> None:
 def valid(response: Response) -> Response:
     """The response, if its JSON is valid in the strict sense."""
     return Response.model_validate_json(response.to_json(), strict=True)
-
-
-@pytest.fixture
-def parser(monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, responses)
 
 
 def test_a_string_in_a_message_out(client: openai.OpenAI, engine: FakeEngine) -> None:
@@ -192,7 +192,7 @@ def test_input_that_cannot_be_read_is_refused_by_its_path(
     assert not engine.requests
 
 
-def test_a_tool_loop(parser: None, client: openai.OpenAI, engine: FakeEngine) -> None:
+def test_a_tool_loop(client: openai.OpenAI, engine: FakeEngine) -> None:
     says(engine, think("Hmm.") + "Let me see." + call("weather", '{"city": "Rome"}'), "Sunny.")
     conversation: list[object] = [{"role": "user", "content": "Weather in Rome?"}]
     first = valid(
@@ -207,20 +207,20 @@ def test_a_tool_loop(parser: None, client: openai.OpenAI, engine: FakeEngine) ->
     assert wanted.type == "function_call"
     assert wanted.id is not None
     assert wanted.id.startswith("fc_")
-    assert (wanted.call_id, wanted.name, wanted.arguments) == ("call_0", "weather", '{"city": "Rome"}')
+    assert (wanted.name, wanted.arguments) == ("weather", '{"city": "Rome"}')
     assert first.status == "completed"
     conversation += first.output
     conversation.append({"type": "function_call_output", "call_id": wanted.call_id, "output": "25 C"})
     second = client.responses.create(model=MODEL, input=conversation, tools=[TOOL], store=False)  # type: ignore[call-overload]
     assert second.output_text == "Sunny."
-    assert "<|im_start|>tool\n25 C<|im_end|>" in prompt_text(engine.requests[1])
+    told = "<|im_start|>assistant\n<think>Hmm.</think>Let me see." + call("weather", '{"city": "Rome"}')
+    assert f"{told}<|im_end|>\n<|im_start|>tool\n25 C<|im_end|>" in prompt_text(engine.requests[1])
 
 
-def test_a_call_cut_by_the_limit_is_incomplete(
-    parser: None, client: openai.OpenAI, engine: FakeEngine
-) -> None:
+def test_a_call_cut_by_the_limit_is_incomplete(client: openai.OpenAI, engine: FakeEngine) -> None:
     says(engine, call("weather", '{"city": "Rome"}'))
-    answer = client.responses.create(model=MODEL, input="Hi", tools=[TOOL], max_output_tokens=12)  # type: ignore[list-item]
+    limit = len('<tool_call>{"name": "weather", "arguments": {"c')
+    answer = client.responses.create(model=MODEL, input="Hi", tools=[TOOL], max_output_tokens=limit)  # type: ignore[list-item]
     (item,) = answer.output
     assert item.type == "function_call"
     assert (item.status, item.arguments) == ("incomplete", '{"c')
@@ -249,13 +249,13 @@ def test_a_conversation_continues_by_id(client: openai.OpenAI, engine: FakeEngin
 
 
 def test_function_outputs_answer_calls_of_the_previous_response(
-    parser: None, client: openai.OpenAI, engine: FakeEngine
+    client: openai.OpenAI, engine: FakeEngine
 ) -> None:
     says(engine, call("weather", "{}"), "Sunny.")
     first = client.responses.create(model=MODEL, input="A", tools=[TOOL])  # type: ignore[list-item]
     result = {
         "type": "function_call_output",
-        "call_id": "call_0",
+        "call_id": first.output[0].call_id,  # type: ignore[union-attr]
         "output": [{"type": "input_text", "text": "25"}],
     }
     second = client.responses.create(model=MODEL, input=[result], previous_response_id=first.id)  # type: ignore[list-item]
@@ -370,6 +370,23 @@ def test_truncation_drops_the_oldest_turns(client: openai.OpenAI, engine: FakeEn
         ({"tools": [{"type": "function"}]}, "tools[0].name"),
         ({"tools": [TOOL], "tool_choice": {"type": "web_search_preview"}}, "tool_choice"),
         ({"tools": [TOOL], "tool_choice": {"type": "function"}}, "tool_choice.name"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function", "name": "x"}}, "tool_choice.name"),
+        (
+            {
+                "tools": [TOOL],
+                "tool_choice": {
+                    "type": "allowed_tools",
+                    "mode": "auto",
+                    "tools": [{"type": "function", "name": "weather"}, {"type": "function", "name": "x"}],
+                },
+            },
+            "tool_choice.tools[1].name",
+        ),
+        ({"tools": [{"type": "web_search"}], "tool_choice": "required"}, "tool_choice"),
+        (
+            {"tools": [{"type": "web_search"}, {**TOOL, "parameters": {"type": "array"}}]},
+            "tools[1].parameters.type",
+        ),
         ({"temperature": 3}, "temperature"),
         ({"store": "yes"}, "store"),
     ],

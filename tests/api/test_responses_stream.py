@@ -5,16 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import typing
+from collections.abc import Iterator
 from typing import Any
 
 import openai
 import pytest
 from fake_engine import IM_END, MODEL, FakeEngine, Script, Server, wait_until
 from openai.types.responses import Response, ResponseStreamEvent
-from scripted_parser import call, install, think
 from test_responses import TOOL, says
+from tool_model import call, think, tool_server
 
-from gqa_serve.api import responses
 from gqa_serve.errors import EngineUnavailableError
 
 # The event classes of the package by their type, out of `Annotated[Union[...], ...]`.
@@ -24,9 +24,10 @@ EVENT_TYPES = {
 }
 
 
-@pytest.fixture
-def parser(monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, responses)
+@pytest.fixture(scope="module")
+def shared_server() -> Iterator[Server]:
+    with tool_server() as running:
+        yield running
 
 
 def events_of(client: openai.OpenAI, **fields: Any) -> list[dict[str, Any]]:
@@ -129,9 +130,7 @@ def test_the_events_of_a_message(client: openai.OpenAI, engine: FakeEngine) -> N
     assert all(stream.aborts for stream in engine.streams)
 
 
-def test_reasoning_text_and_calls_in_one_answer(
-    parser: None, client: openai.OpenAI, engine: FakeEngine
-) -> None:
+def test_reasoning_text_and_calls_in_one_answer(client: openai.OpenAI, engine: FakeEngine) -> None:
     pieces = think("Let me") + "I look." + call("weather", '{"a": 1}') + call("weather", '{"b": 2}') + "Done."
     engine.script = lambda request: Script(list(pieces), hold_at=None)
     options: dict[str, Any] = {"input": "Hi", "tools": [TOOL], "store": False}
@@ -142,21 +141,22 @@ def test_reasoning_text_and_calls_in_one_answer(
     kinds = ["reasoning", "message", "function_call", "function_call", "message"]
     assert [item["type"] for item in items] == kinds
     assert items[0]["content"] == [{"type": "reasoning_text", "text": "Let me"}]
-    calls = [(item["call_id"], item["arguments"]) for item in items if item["type"] == "function_call"]
-    assert calls == [("call_0", '{"a": 1}'), ("call_1", '{"b": 2}')]
+    calls = [item for item in items if item["type"] == "function_call"]
+    assert [call["arguments"] for call in calls] == ['{"a": 1}', '{"b": 2}']
     assert last["usage"]["output_tokens_details"]["reasoning_tokens"] == 6
     # The same request without a stream gives the same, ids aside.
     whole = json.loads(client.responses.create(model=MODEL, **options).to_json(exclude_unset=False))
     for item in [*items, *whole["output"]]:
         del item["id"]
+        item.pop("call_id", None)
     assert [
         {key: item[key] for key in told} for item, told in zip(whole["output"], items, strict=True)
     ] == items
 
 
-def test_an_answer_cut_by_its_limit(parser: None, client: openai.OpenAI, engine: FakeEngine) -> None:
+def test_an_answer_cut_by_its_limit(client: openai.OpenAI, engine: FakeEngine) -> None:
     says(engine, call("weather", '{"city": "Rome"}'))
-    events = events_of(client, input="Hi", max_output_tokens=14)
+    events = events_of(client, input="Hi", tools=[TOOL], max_output_tokens=50)
     last = events[-1]
     assert last["type"] == "response.incomplete"
     assert last["response"]["incomplete_details"] == {"reason": "max_output_tokens"}
@@ -189,7 +189,7 @@ def test_the_stream_helper(client: openai.OpenAI) -> None:
     assert client.responses.retrieve(final.id).output_text == "Hello world"
 
 
-def test_the_stream_helper_collects_calls(parser: None, client: openai.OpenAI, engine: FakeEngine) -> None:
+def test_the_stream_helper_collects_calls(client: openai.OpenAI, engine: FakeEngine) -> None:
     engine.script = lambda request: Script(list(call("weather", '{"city": "Rome"}')))
     with client.responses.stream(model=MODEL, input="Hi", tools=[TOOL]) as stream:  # type: ignore[list-item]
         (item,) = stream.get_final_response().output
