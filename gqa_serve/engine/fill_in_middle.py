@@ -11,6 +11,8 @@ ordinary text in it; what spells a marker there is encoded as the characters it 
 
 from __future__ import annotations
 
+import itertools
+import re
 from dataclasses import dataclass
 
 from gqa_serve.engine.tokenizer import Tokenizer
@@ -56,15 +58,25 @@ class FillInMiddle:
         first = tokenizer.bos_token_id
         begins = first is not None and tokenizer.encode("", add_special_tokens=True)[:1] == [first]
         start = [first] if add_special_tokens and begins and first is not None else []
-        ids = _continue(tokenizer, before, spaced=True) if isinstance(before, str) else before
-        rest = _continue(tokenizer, after, spaced=False)
+        ids = self._literal(tokenizer, before, spaced=True) if isinstance(before, str) else before
+        rest = self._literal(tokenizer, after, spaced=False)
         if self.middle is None:
             return [*start, self.suffix, *rest, self.prefix, *ids]
         return [*start, self.prefix, *ids, self.suffix, *rest, self.middle]
 
+    def _literal(self, tokenizer: Tokenizer, text: str, *, spaced: bool) -> list[int]:
+        """`text` as ordinary tokens. Qwen's markers are added tokens that are not special, which a tokenizer
+        reads in any text; so each spelling of one is cut in two."""
+        spellings = "|".join(re.escape(tokenizer.token(id_)) for id_ in sorted(self.end_ids))
+        cuts = [0, *(match.start() + 1 for match in re.finditer(spellings, text)), len(text)]
+        ids: list[int] = []
+        for begin, end in itertools.pairwise(cuts):
+            ids += _encode(tokenizer, text[begin:end], spaced=spaced and begin == 0)
+        return ids
 
-def _continue(tokenizer: Tokenizer, text: str, *, spaced: bool) -> list[int]:
-    """`text` as ordinary tokens; not `spaced`: without the space some vocabularies put before any text."""
+
+def _encode(tokenizer: Tokenizer, text: str, *, spaced: bool) -> list[int]:
+    """The tokens of `text`; not `spaced`: without the space that some vocabularies put before any text."""
     plain = tokenizer.encode(text, add_special_tokens=False)
     if spaced or not text:
         return plain

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import httpx
 import numpy as np
 import tokenizers
 import uvicorn
@@ -240,14 +241,24 @@ class Server:
     def url(self) -> str:
         return f"http://{self.host}:{self.port}"
 
+    def post(self, path: str, body: object) -> httpx.Response:
+        """POST as JSON. (Not verifying, which plain HTTP has no use for, saves reading the certificates.)"""
+        return httpx.post(self.url + path, json=body, verify=False)
+
     def connect(self) -> socket.socket:
         return socket.create_connection((self.host, self.port), timeout=20)
 
 
 @contextmanager
-def serving(engine: FakeEngine, *, template: str = TEMPLATE, **settings: object) -> Iterator[Server]:
+def serving(
+    engine: FakeEngine,
+    *,
+    template: str = TEMPLATE,
+    tokenizer: Tokenizer | None = None,
+    **settings: object,
+) -> Iterator[Server]:
     """Run the real application in uvicorn in a thread, on a free port."""
-    tokenizer = fake_tokenizer()
+    tokenizer = tokenizer or fake_tokenizer()
     config = ServerConfig(**{"served_model_name": (MODEL, "alias"), **settings})  # type: ignore[arg-type]
     app = create_app(engine, tokenizer, ChatTemplate(template), config)  # type: ignore[arg-type]
     listener = socket.create_server(("127.0.0.1", 0))

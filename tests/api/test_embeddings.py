@@ -28,7 +28,7 @@ def mean_server() -> Iterator[Server]:
 
 
 def post(server: Server, **fields: Any) -> httpx.Response:
-    return httpx.post(f"{server.url}/v1/embeddings", json={"input": "ab", **fields})
+    return server.post("/v1/embeddings", {"input": "ab", **fields})
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ USER = [{"role": "user", "content": "Hi"}]
 
 
 def post(server: Server, path: str, **fields: Any) -> httpx.Response:
-    return httpx.post(server.url + path, json=fields)
+    return server.post(path, fields)
 
 
 @pytest.mark.parametrize("path", ["/tokenize", "/v1/tokenize"])
@@ -48,7 +48,7 @@ def test_a_conversation_has_the_tokens_chat_sends(
 ) -> None:
     counted = post(server, "/tokenize", **{"messages": USER, **fields}).json()
     body = {"model": MODEL, "messages": USER, **fields}
-    assert httpx.post(f"{server.url}/v1/chat/completions", json=body).status_code == 200
+    assert server.post("/v1/chat/completions", body).status_code == 200
     (request,) = engine.requests
     assert counted["tokens"] == request.prompt
     assert counted["count"] == len(request.prompt)

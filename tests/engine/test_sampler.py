@@ -47,6 +47,35 @@ def test_greedy_is_the_argmax_and_rows_do_not_mix() -> None:
         assert Sampler([]).launch(logits[row : row + 1], [request]).result() == [together[row]]
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_only_allowed_tokens_are_chosen_and_neighbours_choose_from_all(temperature: float) -> None:
+    logits = random_logits(3) / 10
+    allowed = [5, 900, 17]
+    best = max(allowed, key=lambda token: float(logits[1, token]))
+    chosen = Counter()
+    for seed in range(60):
+        requests = [
+            make([1], seed=seed, temperature=temperature, logprobs=0),
+            make([1], seed=seed, temperature=temperature, logprobs=0, allowed_token_ids=allowed),
+            make([1], seed=seed, temperature=temperature),
+        ]
+        samples = Sampler([5]).launch(logits, requests).result()
+        free = Sampler([5]).launch(logits, [requests[0], requests[0], requests[2]]).result()
+        assert (samples[0], samples[2]) == (free[0], free[2])
+        token, logprobs = samples[1]
+        assert logprobs is not None
+        # the log-probability is that of the unmodified logits
+        assert logprobs.logprob == pytest.approx(float(logits[1].log_softmax(-1)[token]), abs=1e-5)
+        chosen[token] += 1
+    assert set(chosen) == ({best} if temperature == 0 else set(allowed))
+
+
+def test_bias_decides_among_the_allowed_and_brings_nobody_in() -> None:
+    request = make([1], temperature=0.0, allowed_token_ids=[3, 4], logit_bias={4: 100.0, 9: 100.0})
+    (sample,) = Sampler([]).launch(random_logits(1), [request]).result()
+    assert sample.token_id == 4
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     top_k=st.sampled_from([0, 1, 5, 300, VOCAB, 5 * VOCAB]),
