@@ -199,7 +199,7 @@ class Sampler:
     def _adjust(
         self, logits: torch.Tensor, requests: Sequence[Request], touched: Sequence[int]
     ) -> torch.Tensor:
-        """The logits with penalties, bias, min_tokens, allowed tokens and masks in rows `touched`, in place."""
+        """The logits with penalties, bias, min_tokens, allowed tokens and masks where `touched`, in place."""
         penalised = [row for row in touched if requests[row].params.has_penalties]
         if penalised:
             self._apply_penalties(logits, penalised, [requests[row] for row in penalised])

@@ -16,9 +16,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import anthropic.types.message_create_params as message_params
 import msgspec
 import openai.types.chat.completion_create_params as chat_params
 import openai.types.completion_create_params as completion_params
+import openai.types.responses.response_create_params as response_params
 import pytest
 from fake_engine import MODEL, FakeEngine, Script, Server
 from test_api_raw import Reply, post, send
@@ -95,7 +97,38 @@ COMPLETIONS = Walk(
     needed={"prompt": "p"},
     probes={"logprobs": 2, "top_logprobs": 2, "reasoning_effort": "low"},
 )
-WALKS = {"Chat completions": CHAT, "Completions": COMPLETIONS}
+RESPONSES = Walk(
+    "/v1/responses",
+    fields_of(response_params.ResponseCreateParamsNonStreaming),
+    needed={"input": "Hi"},
+    probes={
+        "instructions": "Be short.", "max_output_tokens": 5, "text": {"format": {"type": "text"}},
+        "input": "Hello", "include": ["reasoning.encrypted_content"], "truncation": "auto", "tool_choice": "none",
+        "reasoning": {"effort": "none"}, "max_tool_calls": 3, "store": False, "background": True,
+        "background_options": {}, "conversation": "c", "context_management": [{"type": "compaction"}],
+        "access_programs": ["x"], "image": {}, "prompt": {"id": "p"}, "logprobs": True, "top_logprobs": 2,
+    },
+    together={"top_logprobs": {"include": ["message.output_text.logprobs"]}},
+)  # fmt: skip
+MESSAGES = Walk(
+    "/v1/messages",
+    fields_of(message_params.MessageCreateParamsNonStreaming),
+    needed={"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 20},
+    probes={
+        "system": "Be short.", "stop_sequences": ["x"], "thinking": {"type": "disabled"},
+        "tools": [{"name": "f", "input_schema": {"type": "object"}}], "tool_choice": {"type": "none"},
+        "output_config": {"effort": "high"}, "output_format": {"type": "json_schema", "schema": {"type": "object"}},
+        "container": "c", "mcp_servers": [{"type": "url"}], "context_management": {"edits": [{"type": "x"}]},
+        "diagnostics": {}, "inference_geo": "us", "speed": "fast", "cache_control": {"type": "ephemeral"},
+        "user_profile_id": "u", "workspace_id": "w", "metadata": {"user_id": "u"}, "service_tier": "auto",
+    },
+)  # fmt: skip
+WALKS = {
+    "Chat completions": CHAT,
+    "Completions": COMPLETIONS,
+    "Responses": RESPONSES,
+    "Anthropic messages": MESSAGES,
+}
 
 
 # --- the page ----------------------------------------------------------------------------------------------
