@@ -22,6 +22,8 @@ from gqa_serve.api.protocol import (
     FunctionCall,
     FunctionDefinition,
     FunctionName,
+    JsonSchemaFormat,
+    ResponseFormat,
     Tool,
     ToolCall,
     ToolChoice,
@@ -81,9 +83,9 @@ def chat_request(
     for number, message in enumerate(fields.messages):
         writer.add(message.role, message.content, f"messages[{number}]")
     names = {f"messages[{number}]": path for number, path in enumerate(writer.paths)}
-    names |= {"stop": "stop_sequences", "response_format": "output_config.format"}
+    names |= {"stop": "stop_sequences", "response_format": _format_path(fields)}
     names |= {
-        "response_format.json_schema": "output_config.format",
+        "response_format.json_schema": _format_path(fields),
         "reasoning_effort": "output_config.effort",
     }
     names |= {"tool_choice.function": "tool_choice"}
@@ -213,16 +215,20 @@ def _output(fields: CountRequest, template: ChatTemplate) -> dict[str, Any]:
     return values
 
 
-def _format(format: OutputFormat, where: str) -> Any:
+def _format_path(fields: CountRequest) -> str:
+    """Where the request says what the text must be."""
+    config = fields.output_config
+    return "output_format" if config is None or config.format is None else "output_config.format"
+
+
+def _format(format: OutputFormat, where: str) -> ResponseFormat:
     if format.type != "json_schema":
         raise RequestError(
             f'{where}.type must be "json_schema"; got {shorten(format.type)!r}.', param=f"{where}.type"
         )
     if format.schema is None:
         raise RequestError(f"Missing required field: {where}.schema.", param=f"{where}.schema")
-    schema = {"name": "output", "schema": format.schema, "strict": True}
-    value = {"type": "json_schema", "json_schema": schema}
-    return msgspec.convert(value, ChatRequest.__annotations__["response_format"])
+    return ResponseFormat("json_schema", JsonSchemaFormat(format.schema))
 
 
 # --- blocks -> messages ------------------------------------------------------------------------------------

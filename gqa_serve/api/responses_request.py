@@ -10,8 +10,6 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import msgspec
-
 from gqa_serve.api.client_names import ClientNames
 from gqa_serve.api.errors import shorten
 from gqa_serve.api.params import FieldRules
@@ -21,7 +19,9 @@ from gqa_serve.api.protocol import (
     ChatRequest,
     FunctionDefinition,
     FunctionName,
+    JsonSchemaFormat,
     NamedTool,
+    ResponseFormat,
     Tool,
     ToolChoice,
 )
@@ -244,8 +244,6 @@ def chat_request(
         names[f"tools[{number}]"] = names[f"tools[{number}].function"] = path
     format = text_format(fields)
     same: dict[str, Any] = {name: getattr(fields, name) for name in _SAME_NAMES - _TRANSLATED}
-    if format.type != "text":
-        same["response_format"] = chat_format(format)
     request = ChatRequest(
         **same,
         messages=messages,
@@ -253,6 +251,7 @@ def chat_request(
         tool_choice=_tool_choice(fields.tool_choice),
         max_tokens=fields.max_output_tokens,
         logprobs=wants_logprobs(fields),
+        response_format=ResponseFormat(format.type, JsonSchemaFormat(format.schema)),
         reasoning_effort=None if fields.reasoning is None else fields.reasoning.effort,
     )
     return request, ClientNames(names)
@@ -295,16 +294,3 @@ def _choice_echo(choice: str | ToolChoiceParam | None) -> str | dict[str, Any]:
         return {"type": "function", "name": choice.name}
     tools = [{"type": tool.type, "name": tool.name} for tool in choice.tools or []]
     return {"type": choice.type, "mode": choice.mode or "auto", "tools": tools}
-
-
-def chat_format(format: TextFormat) -> Any:
-    """`text.format` as chat completions spell it."""
-    value: dict[str, Any] = {"type": format.type}
-    if format.type == "json_schema":
-        value["json_schema"] = {
-            "name": format.name,
-            "schema": format.schema,
-            "strict": format.strict,
-            "description": format.description,
-        }
-    return msgspec.convert(value, ChatRequest.__annotations__["response_format"])

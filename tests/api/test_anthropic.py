@@ -11,7 +11,7 @@ import anthropic
 import pytest
 from anthropic.types import Message, RawMessageStreamEvent
 from fake_engine import MAX_MODEL_LEN, MODEL, FakeEngine, Script, Server, serving, wait_until
-from test_responses import prompt_text, says
+from test_responses import City, prompt_text, says
 from tool_model import call, think, tool_server
 
 from gqa_serve.errors import EngineUnavailableError
@@ -204,6 +204,21 @@ def test_the_templates_switch_for_thinking(client: anthropic.Anthropic, engine: 
     assert is_off == [False, False, False, True]
 
 
+def test_parse_asks_for_a_schema_and_reads_the_answer(
+    client: anthropic.Anthropic, engine: FakeEngine
+) -> None:
+    says(engine, *['{"name": "Rome", "rivers": ["Tiber"]}'] * 2)
+    options: dict[str, Any] = {"model": MODEL, "max_tokens": 100, "messages": USER}
+    assert client.messages.parse(**options, output_format=City).parsed_output == City(
+        name="Rome", rivers=["Tiber"]
+    )
+    older = {"output_format": {"type": "json_schema", "schema": City.model_json_schema()}}
+    client.messages.create(**options, extra_body=older)
+    for request in engine.requests:
+        assert request.params.grammar is not None
+        assert "rivers" in request.params.grammar
+
+
 def test_tokens_are_counted(client: anthropic.Anthropic, engine: FakeEngine) -> None:
     counted = client.messages.count_tokens(model=MODEL, messages=USER, system="Be brief.")  # type: ignore[arg-type]
     message = create(client, system="Be brief.")
@@ -305,6 +320,7 @@ def test_a_stream_is_given_up_when_its_client_leaves(client: anthropic.Anthropic
 # --- errors ------------------------------------------------------------------------------------------------
 
 IMAGE = {"type": "image", "source": {"type": "url", "url": "http://x/"}}
+IMPOSSIBLE = {"type": "json_schema", "schema": {"not": {}}}
 CALL = {"type": "tool_use", "id": "t", "name": "weather", "input": {}}
 
 
@@ -353,6 +369,8 @@ CALL = {"type": "tool_use", "id": "t", "name": "weather", "input": {}}
         ({"thinking": {"type": "deep"}}, "thinking.type"),
         ({"output_config": {"effort": "low"}}, "output_config.effort"),
         ({"output_config": {"format": {"type": "xml"}}}, "output_config.format.type"),
+        ({"output_config": {"format": IMPOSSIBLE}}, "output_config.format.schema"),
+        ({"extra_body": {"output_format": IMPOSSIBLE}}, "output_format.schema"),
         ({"extra_body": {"container": "c"}}, "container"),
         ({"extra_body": {"mcp_servers": [{"type": "url"}]}}, "mcp_servers"),
         ({"extra_body": {"speed": "fast"}}, "speed"),

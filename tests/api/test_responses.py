@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 
 import openai
+import pydantic
 import pytest
 from fake_engine import IM_END, IM_START, MAX_MODEL_LEN, MODEL, FakeEngine, Script, Server, serving
 from openai.types.responses import Response, ResponseItemList
@@ -339,6 +340,40 @@ def test_truncation_drops_the_oldest_turns(client: openai.OpenAI, engine: FakeEn
     # One turn that does not fit alone cannot be helped.
     with pytest.raises(openai.BadRequestError):
         client.responses.create(model=MODEL, input="x" * 600, truncation="auto")
+
+
+# --- structured output -------------------------------------------------------------------------------------
+
+
+class City(pydantic.BaseModel):
+    name: str
+    rivers: list[str]
+
+
+def test_parse_asks_for_a_schema_and_reads_the_answer(client: openai.OpenAI, engine: FakeEngine) -> None:
+    says(engine, '{"name": "Rome", "rivers": ["Tiber"]}')
+    answer = client.responses.parse(model=MODEL, input="Hi", text_format=City)
+    assert answer.output_parsed == City(name="Rome", rivers=["Tiber"])
+    grammar = engine.requests[0].params.grammar
+    assert grammar is not None
+    assert "rivers" in grammar
+    assert answer.text is not None
+    assert answer.text.format is not None
+    assert (answer.text.format.type, answer.text.format.name) == ("json_schema", "City")  # type: ignore[union-attr]
+
+
+def test_json_objects_are_asked_for_by_their_type(client: openai.OpenAI, engine: FakeEngine) -> None:
+    valid(client.responses.create(model=MODEL, input="Hi", text={"format": {"type": "json_object"}}))
+    assert engine.requests[0].params.grammar is not None
+
+
+def test_a_schema_that_cannot_be_enforced_is_refused(client: openai.OpenAI, engine: FakeEngine) -> None:
+    schema = {"type": "object", "properties": {"a": {"not": {"type": "string"}}}}
+    text = {"format": {"type": "json_schema", "name": "n", "schema": schema}}
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.responses.create(model=MODEL, input="Hi", text=text)  # type: ignore[arg-type]
+    assert caught.value.param == "text.format.schema"
+    assert not engine.requests
 
 
 # --- fields ------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import openai
 import pytest
 from fake_engine import IM_END, MODEL, FakeEngine, Script, Server, wait_until
 from openai.types.responses import Response, ResponseStreamEvent
-from test_responses import TOOL, says
+from test_responses import TOOL, City, says
 from tool_model import call, think, tool_server
 
 from gqa_serve.errors import EngineUnavailableError
@@ -195,6 +195,12 @@ def test_the_stream_helper_collects_calls(client: openai.OpenAI, engine: FakeEng
         (item,) = stream.get_final_response().output
     assert item.type == "function_call"
     assert item.arguments == '{"city": "Rome"}'
+
+
+def test_the_stream_helper_parses(client: openai.OpenAI, engine: FakeEngine) -> None:
+    engine.script = lambda request: Script(list('{"name": "Rome", "rivers": []}'))
+    with client.responses.stream(model=MODEL, input="Hi", text_format=City) as stream:
+        assert stream.get_final_response().output_parsed == City(name="Rome", rivers=[])
 
 
 def test_the_asynchronous_stream(server: Server) -> None:
