@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Lifespan
 from gqa_serve.api.access import with_access
 from gqa_serve.api.anthropic import AnthropicMessages
 from gqa_serve.api.chat import ChatCompletions
+from gqa_serve.api.chat_format import find_format
 from gqa_serve.api.completions import Completions
 from gqa_serve.api.docs import Docs
 from gqa_serve.api.embeddings import Embeddings
@@ -40,8 +41,12 @@ def create_app(
 
     Raises ConfigError if the file of API keys cannot be used.
     """
-    context = ServingContext(engine, tokenizer, chat_template, config)
-    _ = context.chat_format  # found out, and logged, now
+    chat_format = find_format(
+        chat_template,
+        tool_call_parser=config.tool_call_parser,
+        reasoning_parser=config.reasoning_parser,
+    )
+    context = ServingContext(engine, tokenizer, chat_template, config, chat_format=chat_format)
     app = Starlette(routes=routes(context), exception_handlers=EXCEPTION_HANDLERS, lifespan=lifespan)
     app.router.redirect_slashes = False  # a redirect would answer a typing error with an HTML-less 307
     # Around the application, not inside it: starlette's own answer to a bug comes from its outermost layer.

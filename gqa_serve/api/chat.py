@@ -13,7 +13,7 @@ from starlette.responses import Response
 from gqa_serve.api.chat_request import ChatJob, prepare_chat
 from gqa_serve.api.chunks import ChunkReply
 from gqa_serve.api.json_guard import read_request
-from gqa_serve.api.logprobs import chat_logprobs
+from gqa_serve.api.logprobs import chat_logprobs, prompt_logprobs
 from gqa_serve.api.message_parts import (
     ArgumentsPart,
     Part,
@@ -92,19 +92,25 @@ class ChatReply(ChunkReply):
         """The role, once per choice; with tools there may be no content, and null stays null."""
         delta = Delta(role="assistant", content=None if self._chat.tools else "")
         deltas = [delta, Delta(content=self._chat.echo)] if self._chat.echo else [delta]
-        return [
+        chunks = [
             self._chunk([ChatChunkChoice(index, delta)]) for index in range(self.job.n) for delta in deltas
         ]
+        if self._chat.shows_ids:
+            chunks[0].prompt_token_ids = list(self.job.prompts[0])
+        return chunks
 
     def chunks(self, event: TextEvent) -> list[ChatChunk]:
         """New parts (or logprobs of text that is still held back), then the end."""
         deltas = [_delta(part) for part in self._parts(event)]
         logprobs = self._logprobs(event.logprobs) if event.logprobs else None
-        if logprobs is not None and not deltas:
+        shows_ids = self._chat.shows_ids and bool(event.token_ids)
+        if (logprobs is not None or shows_ids) and not deltas:
             deltas = [Delta() if self._chat.tools else Delta(content="")]
         choices = [ChatChunkChoice(event.index, delta) for delta in deltas]
         if choices:
             choices[0].logprobs = logprobs
+        if choices and shows_ids:
+            choices[0].token_ids = event.token_ids
         if event.finish_reason is not None:
             choices.append(ChatChunkChoice(event.index, Delta(), finish_reason=self._finish(event)))
         return [self._chunk([choice]) for choice in choices]
@@ -128,8 +134,8 @@ class ChatReply(ChunkReply):
 
     def whole(self, events: list[TextEvent], usage: Usage) -> ChatCompletion:
         """All choices at once."""
-        job = self.job
-        return ChatCompletion(
+        job, chat = self.job, self._chat
+        completion = ChatCompletion(
             id=job.id,
             created=job.created,
             model=job.model,
@@ -137,6 +143,14 @@ class ChatReply(ChunkReply):
             usage=usage,
             system_fingerprint=job.fingerprint,
         )
+        prompt, scores = job.prompts[0], events[0].prompt_logprobs
+        if chat.shows_ids:
+            completion.prompt_token_ids = list(prompt)
+        if chat.num_prompt_logprobs is not None and scores is not None:
+            completion.prompt_logprobs = prompt_logprobs(
+                prompt, scores, chat.num_prompt_logprobs, self._tokenizer
+            )
+        return completion
 
     def _choice(self, event: TextEvent) -> ChatChoice:
         parts = self._parts(event)
@@ -145,7 +159,10 @@ class ChatReply(ChunkReply):
         message = _message(parts)
         if self._chat.tools and not message.content:
             message.content = None
-        return ChatChoice(event.index, message, self._logprobs(event.logprobs), self._finish(event))
+        choice = ChatChoice(event.index, message, self._logprobs(event.logprobs), self._finish(event))
+        if self._chat.shows_ids:
+            choice.token_ids = event.token_ids
+        return choice
 
 
 def _delta(part: Part) -> Delta:

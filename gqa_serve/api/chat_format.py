@@ -59,6 +59,12 @@ class ChatFormat:
     reasons: bool
 
 
+TEXT_ONLY = ChatFormat(
+    syntax=None, is_native=False, keeps_calls=False, needs_short_ids=False, takes_system=True, reasons=False
+)
+"""Neither tools nor thinking."""
+
+
 def find_format(template: ChatTemplate, *, tool_call_parser: str, reasoning_parser: str) -> ChatFormat:
     """The format of a template; the arguments are the server's settings of these names."""
     rendered, needs_short_ids = _render_calls(template, _TOOLS)

@@ -49,7 +49,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 class ChatJob:
     """A job whose answers are messages: how to take their text apart, and how many logprobs to show.
 
-    `names_tool`: the request named the function to call. `echo` is text that comes before the answer's.
+    `echo` is text that comes before the answer's. `shows_ids`: the answer tells its and the prompt's tokens.
     """
 
     job: Job
@@ -57,6 +57,8 @@ class ChatJob:
     num_logprobs: int | None
     tools: ToolPlan | None = None
     echo: str = ""
+    num_prompt_logprobs: int | None = None
+    shows_ids: bool = False
 
     @property
     def names_tool(self) -> bool:
@@ -96,7 +98,7 @@ async def prepare_chat(
         info.generation_config,
         default_max_tokens=None,
         logprobs=num_logprobs,
-        prompt_logprobs=None,
+        prompt_logprobs=_num_prompt_logprobs(fields),
         vocab_size=info.vocab_size,
         grammar=text_grammar,
     )
@@ -118,7 +120,15 @@ async def prepare_chat(
         shown_ids=_shown_ids(context, plan, thinking),
         new_counter=thinking and thinking.new_counter,
     )
-    return ChatJob(job, _parsers(context, plan, thinking), num_logprobs, plan, echo)
+    return ChatJob(
+        job,
+        _parsers(context, plan, thinking),
+        num_logprobs,
+        tools=plan,
+        echo=echo,
+        num_prompt_logprobs=fields.prompt_logprobs,
+        shows_ids=bool(fields.return_token_ids),
+    )
 
 
 def _echo(fields: ChatRequest, messages: list[dict[str, Any]]) -> str:
@@ -294,6 +304,18 @@ def _num_logprobs(fields: ChatRequest) -> int | None:
     return num_top
 
 
+def _num_prompt_logprobs(fields: ChatRequest) -> int | None:
+    """How many alternatives per prompt token; None for no logprobs of the prompt. Raises RequestError."""
+    asked = fields.prompt_logprobs
+    if asked is not None and not 0 <= asked <= MAX_LOGPROBS:
+        raise RequestError(
+            f"prompt_logprobs must be between 0 and {MAX_LOGPROBS}, got {asked}.", param="prompt_logprobs"
+        )
+    if asked is not None and fields.stream:
+        raise RequestError("prompt_logprobs cannot be streamed; leave stream out.", param="prompt_logprobs")
+    return asked
+
+
 def checked_messages(messages: list[ChatMessage]) -> list[dict[str, Any]]:
     """The messages as chat templates take them. Raises RequestError naming the message and part."""
     if not messages:
@@ -302,7 +324,12 @@ def checked_messages(messages: list[ChatMessage]) -> list[dict[str, Any]]:
         raise RequestError(
             f"messages must hold at most {MAX_MESSAGES} messages, got {len(messages)}.", param="messages"
         )
-    return [_checked(message, f"messages[{number}]") for number, message in enumerate(messages)]
+    checked = [_checked(message, f"messages[{number}]") for number, message in enumerate(messages)]
+    names = {call["id"]: call["function"]["name"] for item in checked for call in item.get("tool_calls", [])}
+    for item in checked:
+        if item["role"] == "tool" and (name := names.get(item.get("tool_call_id"))):
+            item.setdefault("name", name)  # some templates print it
+    return checked
 
 
 def _checked(message: ChatMessage, where: str) -> dict[str, Any]:

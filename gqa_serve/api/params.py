@@ -64,9 +64,7 @@ _REFUSED_CHAT = {
     **_REFUSED,
     "best_of": (1,),
     "suffix": ("",),
-    "prompt_logprobs": (),
     "truncate_prompt_tokens": (),
-    "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
 }
 _REFUSED_EMBEDDING: dict[str, tuple[Any, ...]] = {

@@ -16,7 +16,6 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from functools import cached_property
 from typing import Any, Protocol, TypeVar
 
 import anyio.to_thread
@@ -29,7 +28,7 @@ from starlette.types import Receive, Scope, Send
 
 from gqa_serve import __version__
 from gqa_serve.api.access import AccessConfig
-from gqa_serve.api.chat_format import ChatFormat, find_format
+from gqa_serve.api.chat_format import TEXT_ONLY, ChatFormat
 from gqa_serve.api.errors import shorten
 from gqa_serve.api.http_protocol import abort_connection
 from gqa_serve.api.protocol import CompletionTokensDetails, PromptTokensDetails, SamplingFields, Usage
@@ -102,15 +101,7 @@ class ServingContext:
     chat_template: ChatTemplate
     config: ServingConfig
     started: int = dataclasses.field(default_factory=lambda: int(time.time()))
-
-    @cached_property
-    def chat_format(self) -> ChatFormat:
-        """What the chat template knows of tools and thinking."""
-        return find_format(
-            self.chat_template,
-            tool_call_parser=self.config.tool_call_parser,
-            reasoning_parser=self.config.reasoning_parser,
-        )
+    chat_format: ChatFormat = TEXT_ONLY
 
     @property
     def model_names(self) -> Sequence[str]:

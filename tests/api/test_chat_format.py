@@ -1,4 +1,4 @@
-"""What is found out about chat templates: families of tool calls, thinking, and what must be said in words."""
+"""What is found out about chat templates: families of tool calls, thinking, what must be said in words."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import openai
 import pydantic
 import pytest
 import tool_templates
-from fake_engine import MODEL, FakeEngine, Script, Server, fake_info, fake_tokenizer, serving
+from fake_engine import IM_END, MODEL, FakeEngine, Script, Server, fake_info, fake_tokenizer, serving
 from openai.types.chat import ChatCompletionChunk
 
 USER = [{"role": "user", "content": "Hi"}]
@@ -422,3 +422,27 @@ def test_echo_puts_the_last_message_first(qwen: tuple[FakeEngine, openai.OpenAI]
     assert answer.choices[0].message.content == "Hello world"
     stream = client.chat.completions.create(model=MODEL, messages=messages, extra_body=extra, stream=True)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == "Hello world"
+
+
+def test_token_ids_and_prompt_logprobs(qwen: tuple[FakeEngine, openai.OpenAI]) -> None:
+    engine, client = qwen
+    says(engine, CALL)
+    extra: Any = {"return_token_ids": True, "prompt_logprobs": 1}
+    answer: Any = client.chat.completions.create(
+        model=MODEL, messages=USER, tools=[WEATHER], extra_body=extra
+    )
+    prompt = engine.requests[0].prompt
+    assert answer.prompt_token_ids == prompt
+    assert answer.choices[0].token_ids == [*CALL.encode(), IM_END]
+    assert answer.prompt_logprobs[0] is None
+    assert len(answer.prompt_logprobs) == len(prompt)
+    assert answer.prompt_logprobs[1][str(prompt[1])]["logprob"] == -0.5
+    extra = {"return_token_ids": True}
+    chunks: list[Any] = list(
+        client.chat.completions.create(
+            model=MODEL, messages=USER, tools=[WEATHER], extra_body=extra, stream=True
+        )
+    )
+    assert chunks[0].prompt_token_ids == prompt
+    ids = [id for chunk in chunks for id in getattr(chunk.choices[0], "token_ids", None) or []]
+    assert ids == [*CALL.encode(), IM_END]

@@ -1,4 +1,4 @@
-"""Small chat templates written for these tests, each with its family's way to show tools, calls and thinking."""
+"""Small chat templates written for these tests, each with its family's way to show tools and thinking."""
 
 from __future__ import annotations
 
@@ -91,7 +91,8 @@ DEEPSEEK = """\
 GEMMA = """\
 {%- for message in messages %}
 {%- if message.role == 'system' %}{{ raise_exception('no system message') }}{% endif %}
-{%- if (message.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('turns alternate') }}{% endif -%}
+{%- set is_turn = (message.role == 'user') == (loop.index0 % 2 == 0) %}
+{%- if not is_turn %}{{ raise_exception('turns alternate') }}{% endif -%}
 <|im_start|>{{ message.role }}
 {{ message.content | trim }}<|im_end|>
 {% endfor %}
