@@ -13,9 +13,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from gqa_serve.api.params import NO_OPS, FieldRules
-from gqa_serve.api.protocol import ChatRequest, CompletionRequest
+from gqa_serve.api.protocol import ChatRequest, CompletionRequest, EmbeddingRequest
 
 PATHS = ("/v1/chat/completions", "/v1/completions")
+OTHER_PATHS = ("/v1/embeddings", "/tokenize", "/detokenize")
+OTHER_FIELDS = sorted({*EmbeddingRequest.__struct_fields__, "messages", "return_token_strs", "other"})
 FIELDS = sorted(
     {
         *ChatRequest.__struct_fields__,
@@ -88,7 +90,7 @@ def check(http: httpx2.Client, server: Server, path: str, body: bytes) -> int:
         return 200
     decoded = json.loads(reply.content, parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
     if reply.status_code == 200:
-        assert decoded["choices"]
+        assert decoded.keys() & {"choices", "data", "tokens", "prompt"}
     else:
         assert reply.status_code in (400, 404), reply.text
         assert set(decoded["error"]) == {"message", "type", "param", "code"}
@@ -130,6 +132,21 @@ def test_one_odd_field(http: httpx2.Client, server: Server, path: str, name: str
 
 @relaxed
 @given(
+    path=st.sampled_from(OTHER_PATHS),
+    given=st.lists(st.integers(0, 300), max_size=4) | values,
+    name=st.sampled_from(OTHER_FIELDS),
+    value=values,
+)
+def test_endpoints_that_generate_nothing(
+    http: httpx2.Client, server: Server, engine: FakeEngine, path: str, given: Any, name: str, value: Any
+) -> None:
+    field = {"/v1/embeddings": "input", "/tokenize": "prompt", "/detokenize": "tokens"}[path]
+    check(http, server, path, json.dumps({field: given, name: value}).encode())
+    wait_until(lambda: engine.num_running == 0)
+
+
+@relaxed
+@given(
     path=st.sampled_from(PATHS), body=st.binary(max_size=60) | st.text(max_size=60).map(lambda t: t.encode())
 )
 def test_any_bytes(http: httpx2.Client, server: Server, path: str, body: bytes) -> None:
@@ -152,11 +169,12 @@ def test_damaged_bodies(http: httpx2.Client, server: Server, path: str, data: st
 
 def test_every_field_is_known_or_refused() -> None:
     """The fields of the official client's requests: none may be dropped as unknown."""
-    from openai.types import completion_create_params
+    from openai.types import completion_create_params, embedding_create_params
     from openai.types.chat import completion_create_params as chat_params
 
     for rules, documented in (
         (FieldRules.chat(), chat_params.CompletionCreateParamsBase),
         (FieldRules.completion(), completion_create_params.CompletionCreateParamsBase),
+        (FieldRules.embedding(), embedding_create_params.EmbeddingCreateParams),
     ):
         assert {name for name in documented.__annotations__ if not rules.covers(name)} == set()

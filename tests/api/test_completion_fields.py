@@ -383,3 +383,28 @@ def test_the_openai_client_reads_what_it_knows(client: openai.OpenAI) -> None:
     assert len(choice.logprobs.tokens) == 2 + 11 + 1
     assert choice.model_extra is not None
     assert choice.model_extra["prompt_token_ids"] == [97, 98]
+
+
+@pytest.mark.parametrize(
+    ("length", "max_tokens", "status"),
+    [
+        (MAX_MODEL_LEN - 1, 1, 200),  # the harness's largest request: it leaves room for one token
+        (MAX_MODEL_LEN, 0, 200),
+        (MAX_MODEL_LEN, 1, 400),
+        (MAX_MODEL_LEN + 1, 0, 400),
+    ],
+)
+def test_scoring_at_the_edge_of_the_context(
+    server: Server, engine: FakeEngine, length: int, max_tokens: int, status: int
+) -> None:
+    engine.script = lambda request: Script([""] if max_tokens == 0 else ["x"])
+    body = {"prompt": [[7] * length], "max_tokens": max_tokens, "echo": True, "logprobs": 1}
+    reply = server.post("/v1/completions", body)
+    assert reply.status_code == status
+    if status == 200:
+        (choice,) = reply.json()["choices"]
+        assert len(choice["logprobs"]["token_logprobs"]) == length + max_tokens
+        assert choice["logprobs"]["token_logprobs"][0] is None
+    else:
+        assert reply.json()["error"]["code"] == "context_length_exceeded"
+        assert reply.json()["error"]["param"].startswith("prompt")
