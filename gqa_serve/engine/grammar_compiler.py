@@ -24,6 +24,14 @@ _MAX_CACHED_CHARS = 4 * 1024 * 1024
 # The compiler calls itself for each rule or $ref that leads to the next, of which a text can hold many.
 # Memory is taken only as far as the stack is used.
 _STACK_BYTES = 512 * 1024 * 1024
+# Masks are put together from those of parts of the vocabulary whose tokens match one of these as a whole:
+# white space, and insides of JSON strings by length, so that a string near its maxLength is as fast as any.
+_STRING_LENGTHS = (*range(1, 11), 12, 14, 16, 20, 24, 30)
+_SLICES = [
+    r"[\x20\x0A\x0D\x09]+",
+    *(rf'[^"\\\x00-\x1F\x7F]{{1,{length}}}' for length in _STRING_LENGTHS),
+    r'[^"\\\x00-\x1F\x7F]+',
+]
 _MARK = "\x02"  # a character that no vocabulary merges with what follows it
 
 T = TypeVar("T")
@@ -75,7 +83,7 @@ def make_ll_tokenizer(tokenizer: Tokenizer, eos_token_ids: Iterable[int]) -> LLT
     if not eos:
         raise GrammarError("This model has no end-of-sequence token, so no grammar can end an answer.")
     wrapper = TokenizerWrapper(_Vocabulary(tokenizer, eos))
-    return LLTokenizer(wrapper, n_vocab=tokenizer.vocab_size, eos_token=eos)
+    return LLTokenizer(wrapper, n_vocab=tokenizer.vocab_size, eos_token=eos, slices=_SLICES)
 
 
 class GrammarCompiler:
@@ -124,11 +132,10 @@ class GrammarCompiler:
                 return error
         matcher = LLMatcher(self._vocabulary, grammar, log_level=0, limits=parser_limits())
         if not matcher.is_error():
-            first = matcher.deep_copy()
-            first.compute_bitmask()  # some are too complex only when they are used
-            if not first.is_error():
+            # Some are too complex only when they are used. Copies keep what this finds out.
+            matcher.compute_bitmask()
+            if not matcher.is_error():
                 return matcher
-            matcher = first
         return GrammarError(_explain(matcher.get_error()))
 
 

@@ -52,8 +52,8 @@ class KernelRows:
     def argmax(self, logits: torch.Tensor) -> torch.Tensor:
         return self.kernels.argmax(logits, _tokens(logits.shape[0], logits))
 
-    def mask(self, logits: torch.Tensor, rows: Sequence[int], masks: Sequence[bytes]) -> None:
-        mask_rows(logits, rows, masks)
+    def mask(self, logits: torch.Tensor, rows: Sequence[int], masks: Sequence[bytes]) -> torch.Tensor:
+        return mask_rows(logits, rows, masks)
 
     def draw(
         self,

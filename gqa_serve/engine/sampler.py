@@ -112,10 +112,10 @@ class RowOperations(Protocol):
     Results are int64 on the device of the logits. On a GPU no operation waits for it.
     """
 
-    def mask(self, logits: torch.Tensor, rows: Sequence[int], masks: Sequence[bytes]) -> None:
+    def mask(self, logits: torch.Tensor, rows: Sequence[int], masks: Sequence[bytes]) -> torch.Tensor:
         """In each of `rows` make the logits of tokens -inf that its mask lacks, in place. `rows` ascend.
 
-        Token t is bit t % 8 (the lowest first) of byte t // 8; what is beyond the last byte is not allowed.
+        Returns [S]: the first index of the largest value left in each, -1 if that is not finite. Token t is bit t % 8 (the lowest first) of byte t // 8; what is beyond the last byte is not allowed.
         """
 
     def argmax(self, logits: torch.Tensor) -> torch.Tensor:
@@ -161,8 +161,13 @@ class Sampler:
             scored = any(requests[row].params.logprobs is not None for row in touched)
             modified = self._adjust(logits.clone() if scored else logits, requests, touched)
             # Penalties may overflow and bans may leave nothing to choose: those rows have no token either.
-            best = select_rows(modified, touched).max(dim=-1)
-            tokens = _choose(tokens, touched, torch.where(torch.isfinite(best.values), best.indices, -1))
+            masked = {row: c.mask() for row in touched if (c := requests[row].constraint) is not None}
+            if masked:
+                best = self._operations.mask(modified, list(masked), list(masked.values()))
+                tokens = _choose(tokens, list(masked), best)
+            if others := [row for row in touched if row not in masked]:
+                values, indices = select_rows(modified, others).max(dim=-1)
+                tokens = _choose(tokens, others, torch.where(torch.isfinite(values), indices, -1))
         drawn = [row for row, request in enumerate(requests) if request.params.temperature > _SAMPLING_EPS]
         if drawn:
             params = [requests[row].params for row in drawn]
@@ -199,7 +204,7 @@ class Sampler:
     def _adjust(
         self, logits: torch.Tensor, requests: Sequence[Request], touched: Sequence[int]
     ) -> torch.Tensor:
-        """The logits with penalties, bias, min_tokens, allowed tokens and masks where `touched`, in place."""
+        """The logits with penalties, bias, min_tokens and allowed tokens in the rows `touched`, in place."""
         penalised = [row for row in touched if requests[row].params.has_penalties]
         if penalised:
             self._apply_penalties(logits, penalised, [requests[row] for row in penalised])
@@ -220,9 +225,6 @@ class Sampler:
             if (allowed := requests[row].params.allowed_token_ids) is not None:
                 kept = to_device(allowed, logits.device)
                 logits[row] = torch.full_like(logits[row], -torch.inf).index_copy_(0, kept, logits[row, kept])
-        masks = [(row, c.mask()) for row in touched if (c := requests[row].constraint) is not None]
-        if masks:
-            self._operations.mask(logits, *zip(*masks, strict=True))
         return logits
 
     def _apply_penalties(
@@ -301,8 +303,8 @@ class TorchRows:
         finite = torch.isfinite(logits).all(dim=-1)  # [R]
         return torch.where(finite, logits.argmax(dim=-1), -1)
 
-    def mask(self, logits: torch.Tensor, rows: Sequence[int], masks: Sequence[bytes]) -> None:
-        mask_rows(logits, rows, masks)
+    def mask(self, logits: torch.Tensor, rows: Sequence[int], masks: Sequence[bytes]) -> torch.Tensor:
+        return mask_rows(logits, rows, masks)
 
     def draw(
         self,
@@ -328,7 +330,7 @@ class TorchRows:
         return drawn.clamp_(max=logits.shape[-1] - 1)
 
 
-def mask_rows(logits: torch.Tensor, rows: Sequence[int], masks: Sequence[bytes]) -> None:
+def mask_rows(logits: torch.Tensor, rows: Sequence[int], masks: Sequence[bytes]) -> torch.Tensor:
     """`RowOperations.mask` in plain torch, on any device, without waiting for it."""
     size = -(-logits.shape[1] // 8)
     padded = b"".join(mask[:size].ljust(size, b"\0") for mask in masks)
@@ -336,7 +338,10 @@ def mask_rows(logits: torch.Tensor, rows: Sequence[int], masks: Sequence[bytes])
     bits = packed[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=logits.device)  # [S, size, 8]
     banned = ((bits & 1) == 0).view(len(rows), -1)[:, : logits.shape[1]]
     index = to_device(rows, logits.device)
-    logits.index_put_((index,), logits[index].masked_fill(banned, -torch.inf))
+    left = logits[index].masked_fill(banned, -torch.inf)
+    logits.index_put_((index,), left)
+    best = left.max(dim=-1)
+    return torch.where(torch.isfinite(best.values), best.indices, -1)
 
 
 def _filter_floor(scaled: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:

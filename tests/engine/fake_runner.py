@@ -67,8 +67,8 @@ class DeviceRows(TorchRows):
     def argmax(self, logits: torch.Tensor) -> torch.Tensor:
         return on_device(super().argmax(logits.as_subclass(torch.Tensor)))
 
-    def mask(self, logits: torch.Tensor, *args: Any) -> None:
-        super().mask(logits.as_subclass(torch.Tensor), *args)
+    def mask(self, logits: torch.Tensor, *args: Any) -> torch.Tensor:
+        return on_device(super().mask(logits.as_subclass(torch.Tensor), *args))
 
     def draw(self, logits: torch.Tensor, *args: Any) -> torch.Tensor:
         return on_device(super().draw(logits.as_subclass(torch.Tensor), *args))

@@ -239,12 +239,14 @@ def test_masks_bit_by_bit(vocab: int, num_bytes: int) -> None:
     logits = random_logits(3, vocab=vocab)
     masks = [bytes(random.Random(row).randbytes(num_bytes)) for row in (0, 1)]
     masked = logits.clone()
-    TorchRows().mask(masked, [0, 2], masks)
+    best = TorchRows().mask(masked, [0, 2], masks).tolist()
     assert torch.equal(masked[1], logits[1])
     for row, mask in zip((0, 2), masks, strict=True):
         for token in range(vocab):
             stays = token < 8 * num_bytes and mask[token // 8] >> token % 8 & 1
             assert masked[row, token] == (logits[row, token] if stays else -torch.inf)
+    for row, token in zip((0, 2), best, strict=True):
+        assert token == (int(masked[row].argmax()) if masked[row].max() > -torch.inf else -1)
 
 
 def test_logprobs_are_of_the_unmodified_logits() -> None:

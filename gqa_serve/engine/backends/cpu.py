@@ -310,9 +310,10 @@ class NativeRows:
         logits = logits.contiguous()
         return to_device(self.program.argmax(logits.data_ptr(), *logits.shape), logits.device)
 
-    def mask(self, logits: torch.Tensor, rows: Sequence[int], masks: Sequence[bytes]) -> None:
+    def mask(self, logits: torch.Tensor, rows: Sequence[int], masks: Sequence[bytes]) -> torch.Tensor:
         assert logits.is_contiguous()
-        self.program.mask(logits.data_ptr(), logits.shape[-1], list(rows), list(masks))
+        tokens = self.program.mask(logits.data_ptr(), logits.shape[-1], list(rows), list(masks))
+        return to_device(tokens, logits.device)
 
     def draw(
         self,

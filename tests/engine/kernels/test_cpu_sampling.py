@@ -137,8 +137,10 @@ def test_masks_are_those_of_torch(
     source = np.random.default_rng(seed)
     masks = [np.packbits(source.random(8 * num_bytes) < density).tobytes() for _ in range(3)]
     native, plain = logits.clone(), logits.clone()
-    native_rows(Machine(LEVELS[-1], threads)).mask(native, [0, 2, 3], masks)
-    TorchRows().mask(plain, [0, 2, 3], masks)
+    if vocab > 8:
+        native[2, 3] = plain[2, 3] = INF  # as a penalty may leave it
+    best = native_rows(Machine(LEVELS[-1], threads)).mask(native, [0, 2, 3], masks)
+    assert torch.equal(best, TorchRows().mask(plain, [0, 2, 3], masks))
     assert torch.equal(native, plain)
     assert torch.equal(native[[1, 4]], logits[[1, 4]])
 

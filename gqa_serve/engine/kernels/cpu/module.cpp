@@ -330,7 +330,7 @@ void bind_computing(nb::class_<Program>& program) {
             for (size_t i = 0; i < rows.size(); i++)
               views.emplace_back(static_cast<const uint8_t*>(masks.at(i).data()), masks[i].size());
             nb::gil_scoped_release release;
-            p.mask(reinterpret_cast<float*>(x), n, rows, views);
+            return p.mask(reinterpret_cast<float*>(x), n, rows, views);
           },
           "x"_a, "n"_a, "rows"_a, "masks"_a)
       .def(

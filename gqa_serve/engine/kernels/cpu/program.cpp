@@ -551,13 +551,16 @@ void Program::argmax(const float* x, int rows, int n, int64_t* out) {
   });
 }
 
-void Program::mask(float* x, int n, const std::vector<int>& rows,
-                   const std::vector<std::pair<const uint8_t*, size_t>>& masks) {
+std::vector<int> Program::mask(float* x, int n, const std::vector<int>& rows,
+                               const std::vector<std::pair<const uint8_t*, size_t>>& masks) {
   Busy busy(busy_);
+  std::vector<int> tokens(rows.size());
   team_.run([&](int thread) {
-    team_.parallel_for(thread, int(rows.size()),
-                       [&](int i) { gqa::mask(x + size_t(rows[i]) * n, n, masks[i].first, masks[i].second); });
+    team_.parallel_for(thread, int(rows.size()), [&](int i) {
+      tokens[i] = gqa::mask(kernels_, x + size_t(rows[i]) * n, n, masks[i].first, masks[i].second);
+    });
   });
+  return tokens;
 }
 
 std::vector<int> Program::draw(const float* x, int n, const std::vector<int>& rows,

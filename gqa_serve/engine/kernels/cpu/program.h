@@ -122,8 +122,9 @@ class Program {
   void logits(const WeightPtr& head, const float* x, int rows, float* out, float scale, float cap);
   // First index of each row's largest value; -1 where a value is not finite. x [rows, n].
   void argmax(const float* x, int rows, int n, int64_t* out);
-  // Row rows[i] of x [.., n] keeps what masks[i] allows; see sampling.h.
-  void mask(float* x, int n, const std::vector<int>& rows, const std::vector<std::pair<const uint8_t*, size_t>>& masks);
+  // Row rows[i] of x [.., n] keeps what masks[i] allows, the best of which is returned; see sampling.h.
+  std::vector<int> mask(float* x, int n, const std::vector<int>& rows,
+                        const std::vector<std::pair<const uint8_t*, size_t>>& masks);
   // One random token for each of the rows `rows` of x [.., n]; see sampling.h.
   std::vector<int> draw(const float* x, int n, const std::vector<int>& rows, const std::vector<DrawParams>& params);
 

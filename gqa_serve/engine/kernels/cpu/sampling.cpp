@@ -68,7 +68,7 @@ static double weigh(const Kernels& kernels, const float* x, int n, float best, f
   return total;
 }
 
-void mask(float* x, int n, const uint8_t* bits, size_t bytes) {
+int mask(const Kernels& kernels, float* x, int n, const uint8_t* bits, size_t bytes) {
   const float banned = -std::numeric_limits<float>::infinity();
   int i = 0;
   for (size_t byte = 0; byte < bytes && i < n; byte++) {
@@ -83,6 +83,8 @@ void mask(float* x, int n, const uint8_t* bits, size_t bytes) {
     i = end;
   }
   std::fill(x + i, x + n, banned);
+  const float best = kernels.row_max(x, n);
+  return std::isfinite(best) ? int(std::find(x, x + n, best) - x) : -1;
 }
 
 int draw(const Kernels& kernels, const float* x, int n, const DrawParams& p, DrawScratch& scratch) {

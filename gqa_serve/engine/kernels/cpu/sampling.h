@@ -28,7 +28,8 @@ struct DrawScratch {
 };
 
 // x[i] = -inf for each i of n whose bit is 0: bit i % 8, the lowest first, of byte i / 8; there is none beyond `bytes`.
-void mask(float* x, int n, const uint8_t* bits, size_t bytes);
+// Returns the first index of the largest value left, -1 if that is not finite.
+int mask(const Kernels& kernels, float* x, int n, const uint8_t* bits, size_t bytes);
 
 // Divide logits x [n] by the temperature; of the tokens by falling probability keep the first top_k, then of
 // these the fewest whose mass reaches top_p, then those with at least min_p times the largest probability;
