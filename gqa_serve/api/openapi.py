@@ -128,7 +128,7 @@ def _template(path: str) -> str:
 def _add_other_fields(schema: dict[str, Any], rules: FieldRules) -> None:
     """Properties that the struct does not hold: refused ones with what they may be, and no-ops."""
     properties = schema["properties"]
-    for name in sorted(rules.refused.keys() - properties.keys()):
+    for name in sorted(rules.refused):
         properties[name] = {
             "enum": [None, *rules.refused[name]],
             "deprecated": True,

@@ -229,7 +229,7 @@ class EmbeddingRequest(msgspec.Struct, kw_only=True):
 class TokenizeRequest(ChatRequest, kw_only=True):
     """Body of POST /tokenize: a prompt, or any chat request, whose `messages` are counted as chat would."""
 
-    messages: list[ChatMessage] = []
+    messages: list[ChatMessage] | None = None  # type: ignore[assignment]
     prompt: str | None = None
     return_token_strs: bool | None = None
 

@@ -86,6 +86,10 @@ class Responses:
         chat = dataclasses.replace(chat, job=job)
         return await answer(request, context, ResponseReply(chat, context.tokenizer, response, keeping))
 
+    async def stored(self, request: Request) -> Response:
+        """GET or DELETE of one response: one route, so that a 405 names both."""
+        return await (self.delete(request) if request.method == "DELETE" else self.get(request))
+
     async def get(self, request: Request) -> Response:
         """A stored response, as it was answered. Raises NotFoundError."""
         if request.query_params.get("stream", "false") != "false":
