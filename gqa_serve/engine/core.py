@@ -13,8 +13,8 @@ never waits for the host:
 
 A request with a grammar waits outside the scheduler until its constraint is there. From then on the host must
 know its last token before its next step is launched; that token given, the constraint names the tokens that
-must follow, which are computed like a piece of prompt, and computes the mask of the one after them while the
-next step runs.
+must follow, which are computed like a piece of prompt, and another thread computes the mask of the one after
+them: beside the sending of outputs and the planning of the next step, and on a GPU beside that step itself.
 
 The device works in the order it is told. Blocks freed while a step in flight still writes to them may thus be
 handed out at once: whoever gets them writes later.
@@ -179,6 +179,10 @@ class Engine:
         scheduled = self.scheduler.schedule()
         failure: Exception | None = None
         if scheduled:
+            if not self.runner.lookahead:  # the model computes on the cores that the masks need
+                for request, _ in scheduled:
+                    if request.constraint is not None:
+                        request.constraint.mask()
             try:
                 self._in_flight.append(self._launch(scheduled))
             except Exception as error:

@@ -67,7 +67,7 @@ def choice_grammar(choices: Sequence[str]) -> str:
     if not 0 < len(choices) <= MAX_CHOICES or not all(choices):
         raise RequestError(f"Choices are 1 to {MAX_CHOICES} strings, none of them empty.")
     literals = " | ".join(map(text_literal, dict.fromkeys(choices)))
-    return _dump([{"name": "choice", "lark_grammar": f"start: {literals}"}])
+    return _dump([{"name": "choice", "lark_grammar": f"start: CHOICE\nCHOICE: {literals}"}])
 
 
 def lark_grammar(text: str) -> str:

@@ -115,7 +115,8 @@ class RowOperations(Protocol):
     def mask(self, logits: torch.Tensor, rows: Sequence[int], masks: Sequence[bytes]) -> torch.Tensor:
         """In each of `rows` make the logits of tokens -inf that its mask lacks, in place. `rows` ascend.
 
-        Returns [S]: the first index of the largest value left in each, -1 if that is not finite. Token t is bit t % 8 (the lowest first) of byte t // 8; what is beyond the last byte is not allowed.
+        Token t is bit t % 8 (the lowest first) of byte t // 8; what is beyond the last byte is not allowed.
+        Returns [S]: the first index of the largest value left in each row, -1 if that is not finite.
         """
 
     def argmax(self, logits: torch.Tensor) -> torch.Tensor:
