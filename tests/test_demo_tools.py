@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import jsonschema_rs
 import openai
+import pydantic
 import pytest
 from demo_server import RunningServer
 
@@ -81,7 +82,7 @@ def test_an_agent_calls_a_tool_and_answers(client: openai.OpenAI) -> None:
 def test_strict_tools_leave_the_model_its_words(client: openai.OpenAI) -> None:
     strict = {**WEATHER, "function": {**WEATHER["function"], "strict": True}}
     answer = client.chat.completions.create(
-        model=MODEL, messages=USER, tools=[strict], temperature=1.2, seed=1, n=8, max_tokens=120
+        model=MODEL, messages=USER, tools=[strict], temperature=1.2, seed=1, n=4, max_tokens=80
     )
     for choice in answer.choices:
         calls = choice.message.tool_calls or []
@@ -115,3 +116,25 @@ def test_a_form_for_the_text_or_a_call(client: openai.OpenAI) -> None:
         else:
             assert choice.message.content is not None
             assert -50 <= json.loads(choice.message.content)["degrees"] <= 60
+
+
+class Weather(pydantic.BaseModel):
+    """What `parse` is to make of the answer."""
+
+    city: Annotated[str, pydantic.StringConstraints(max_length=20)]
+    degrees: Annotated[int, pydantic.Field(ge=-50, le=60)]
+
+
+def test_parse_gives_models(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.parse(
+        model=MODEL, messages=USER, response_format=Weather, temperature=0, max_tokens=100
+    )
+    assert isinstance(answer.choices[0].message.parsed, Weather)
+    tool = openai.pydantic_function_tool(Weather, name="tell_weather")
+    with client.chat.completions.stream(
+        model=MODEL, messages=USER, tools=[tool], tool_choice="required", parallel_tool_calls=False,
+        temperature=0, max_tokens=150,
+    ) as stream:  # fmt: skip
+        message = stream.get_final_completion().choices[0].message
+    (call,) = message.tool_calls or []
+    assert isinstance(call.function.parsed_arguments, Weather)

@@ -16,6 +16,7 @@ _ARGUMENTS = ("arguments", "parameters")
 _SCALAR = frozenset("0123456789+-.eEtrufalsn")
 _INSIDE = _SCALAR | frozenset(BLANKS + ",:")
 _PLAIN = re.compile(r'[^"\\]+')
+_BETWEEN = re.compile(r"[0-9+\-.eEtrufalsn \t\r\n,:]+")  # what `_INSIDE` holds
 
 
 class NotACallError(ValueError):
@@ -35,7 +36,7 @@ class JsonValue:
     def takes(self, char: str) -> bool:
         """Whether `char` belongs to the value; if not, the value (a number or word) ended before it.
 
-        Inside a string, `char` may be a run without quotes and backslashes. Raises NotACallError.
+        `char` may be a run of characters that `run` found. Raises NotACallError.
         """
         if self.in_string:
             self._string(char)
@@ -49,7 +50,7 @@ class JsonValue:
         elif not self._depth and self.text and char in ",}]" + BLANKS:
             self.done = True
             return False
-        elif char not in (_INSIDE if self._depth else _SCALAR):
+        elif not (_INSIDE if self._depth else _SCALAR).issuperset(char):
             raise NotACallError
         self.text += char
         return True
@@ -65,9 +66,12 @@ class JsonValue:
 
     def run(self, text: str, start: int) -> int:
         """The end of what can be taken at once from `text[start:]`; at least one character."""
-        if self.in_string and not self._escaped and (match := _PLAIN.match(text, start)):
-            return match.end()
-        return start + 1
+        match = None
+        if self.in_string and not self._escaped:
+            match = _PLAIN.match(text, start)
+        elif self._depth and not self.in_string:
+            match = _BETWEEN.match(text, start)
+        return match.end() if match else start + 1
 
 
 class CallObject:

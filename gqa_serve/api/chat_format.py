@@ -49,6 +49,7 @@ class ChatFormat:
     `keeps_calls`: it shows the calls and results of a conversation whose request has no tools. Where it does
     not, messages say it in words (`tool_prompt.py`). `needs_short_ids`: it takes ids of 9 letters and digits
     only. `takes_system`: it has a system message. `reasons`: answers may begin with thinking.
+    `takes_many_calls`: one message may hold several.
     """
 
     syntax: ToolSyntax | None
@@ -57,6 +58,7 @@ class ChatFormat:
     needs_short_ids: bool
     takes_system: bool
     reasons: bool
+    takes_many_calls: bool = True
 
 
 TEXT_ONLY = ChatFormat(
@@ -78,13 +80,16 @@ def find_format(template: ChatTemplate, *, tool_call_parser: str, reasoning_pars
     elif found is None:
         is_native = False  # calls in a spelling that nobody here can read
     bare, short_bare = _render_calls(template, None)
+    keeps_calls = bare is not None and _RESULT in bare and "qzvalue" in bare
+    tools = ([_TOOLS] if is_native else []) + ([None] if keeps_calls else [])
     format = ChatFormat(
         syntax=syntax,
         is_native=is_native,
-        keeps_calls=bare is not None and _RESULT in bare and "qzvalue" in bare,
+        keeps_calls=keeps_calls,
         needs_short_ids=needs_short_ids or short_bare,
         takes_system=_takes_system(template),
         reasons=reasoning_parser == "think" or (reasoning_parser == "auto" and _reasons(template)),
+        takes_many_calls=all(_shows_two_calls(template, given) for given in tools),
     )
     logger.info(
         "Tool calls: %s; thinking: %s.",
@@ -104,20 +109,27 @@ def _render(template: ChatTemplate, messages: Sequence[dict[str, Any]], **option
         return None
 
 
-def _render_calls(template: ChatTemplate, tools: list[dict[str, Any]] | None) -> tuple[str | None, bool]:
-    """A conversation with a call and its result, and whether only a short id of the call is taken."""
+def _render_calls(
+    template: ChatTemplate, tools: list[dict[str, Any]] | None, number: int = 1
+) -> tuple[str | None, bool]:
+    """A conversation with calls and a result, and whether only a short id of the call is taken."""
     for call_id in (_LONG_ID, _SHORT_ID):
         function = {"name": _NAME, "arguments": json.dumps(_ARGUMENTS)}
         call = {"id": call_id, "type": "function", "function": function}
         messages: list[dict[str, Any]] = [
             {"role": "user", "content": _ASKED},
-            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "assistant", "content": "", "tool_calls": [call] * number},
             {"role": "tool", "content": _RESULT, "tool_call_id": call_id, "name": _NAME},
         ]
         rendered = _render(template, messages, tools=tools)
         if rendered is not None:
             return rendered, call_id == _SHORT_ID
     return None, False
+
+
+def _shows_two_calls(template: ChatTemplate, tools: list[dict[str, Any]] | None) -> bool:
+    rendered, _ = _render_calls(template, tools, number=2)
+    return rendered is not None and rendered.count("qzvalue") > 1
 
 
 def _recognise(rendered: str, template: ChatTemplate) -> ToolSyntax | None:

@@ -27,6 +27,7 @@ from gqa_serve.api.tool_prompt import (
     describe_tools,
     new_call_id,
     new_short_id,
+    one_call_each,
     with_description,
     with_short_ids,
     without_tool_turns,
@@ -179,35 +180,35 @@ async def _encode(
 ) -> list[int]:
     """The rendered conversation as token ids; control tokens in it are the template's."""
     options = template_options(fields, context.chat_template)
-    messages, tools = _with_tools(context, messages, plan)
     final = bool(fields.continue_final_message)
     if final and messages[-1]["role"] != "assistant":
         raise RequestError("continue_final_message needs an assistant message at the end.", param="messages")
     add_prompt = not final if fields.add_generation_prompt is None else fields.add_generation_prompt
 
-    def encode(options: dict[str, Any]) -> list[int]:
+    def encode(turns: list[dict[str, Any]], options: dict[str, Any]) -> list[int]:
         return encode_chat(
             context.tokenizer,
             context.chat_template,
-            messages,
+            turns,
             add_special_tokens=bool(fields.add_special_tokens),
             max_model_len=max_model_len,
             add_generation_prompt=add_prompt,
             continue_final_message=final,
-            tools=tools,
             documents=fields.documents,
             **options,
         )
 
     def render_and_encode() -> list[int]:
         context.tokenizer.check_length(_content_chars(messages), max_model_len, param="messages")
+        turns, tools = _with_tools(context, messages, plan)
+        all_options = {**options, "tools": tools}
         try:
-            return encode(options)
+            return encode(turns, all_options)
         except RequestError as error:
             kwargs = fields.chat_template_kwargs
             if kwargs and error.code is None:
                 # If this fails too, it is the messages' fault.
-                encode({name: value for name, value in options.items() if name not in kwargs})
+                encode(turns, {name: value for name, value in all_options.items() if name not in kwargs})
                 raise RequestError(
                     f"These chat_template_kwargs cannot be used: {error.message}",
                     param="chat_template_kwargs",
@@ -229,8 +230,9 @@ def _with_tools(
     in_words = not (format.keeps_calls if plan is None else format.is_native)
     if in_words and any(message["role"] == "tool" or "tool_calls" in message for message in messages):
         messages = without_tool_turns(messages, syntax)
-    elif format.needs_short_ids:
-        messages = with_short_ids(messages)
+    elif not in_words:
+        messages = with_short_ids(messages) if format.needs_short_ids else messages
+        messages = messages if format.takes_many_calls else one_call_each(messages)
     if plan is None:
         return messages, None
     tools = plan.described()

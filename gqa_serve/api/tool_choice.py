@@ -66,11 +66,12 @@ class ToolPlan:
 
 
 def _described(function: FunctionDefinition) -> dict[str, Any]:
-    result: dict[str, Any] = {"name": function.name}
-    if function.description is not None:
-        result["description"] = function.description
-    result["parameters"] = function.parameters or {"type": "object", "properties": {}}
-    return result
+    """With every key, since some templates take none to be missing."""
+    return {
+        "name": function.name,
+        "description": function.description or "",
+        "parameters": function.parameters or {"type": "object", "properties": {}},
+    }
 
 
 def read_tools(fields: ChatRequest) -> ToolPlan | None:

@@ -28,7 +28,8 @@ async def answer_grammar(
     if grammar is None or thinking is None:
         return grammar
     grammar = thinking.before(grammar)
-    await anyio.to_thread.run_sync(_check, context, grammar)
+    param = "tools" if plan is not None else "response_format"
+    await anyio.to_thread.run_sync(lambda: check_grammar(grammar, context.tokenizer, param=param))
     return grammar
 
 
@@ -36,14 +37,15 @@ def _tool_grammar(context: ServingContext, plan: ToolPlan, text_grammar: str | N
     syntax = context.chat_format.syntax
     if syntax is None:
         raise RequestError("This server makes no tool calls.", param="tools")
+    schemas = []
     for function, param in zip(plan.functions, plan.params, strict=True):
         with blaming(param):
-            schema = json_schema_grammar(plan.schema(function))
-        check_grammar(schema, context.tokenizer, param=param)
+            schemas.append(json_schema_grammar(plan.schema(function)))
     grammar = syntax.grammar(plan, context.tokenizer, text_grammar)
-    _check(context, grammar)
+    try:
+        check_grammar(grammar, context.tokenizer, param="tools")
+    except RequestError:
+        for schema, param in zip(schemas, plan.params, strict=True):
+            check_grammar(schema, context.tokenizer, param=param)  # whose fault is it?
+        raise
     return grammar
-
-
-def _check(context: ServingContext, grammar: str) -> None:
-    check_grammar(grammar, context.tokenizer, param="tools")

@@ -64,6 +64,27 @@ def without_tool_turns(messages: Sequence[Message], syntax: ToolSyntax) -> list[
     return turns
 
 
+def one_call_each(messages: Sequence[Message]) -> list[Message]:
+    """Messages with several calls as several messages, each followed by the result of its call."""
+    turns: list[Message] = []
+    waiting: list[Message] = []  # calls whose message is still to come
+    for message in messages:
+        if message["role"] == "tool":
+            while waiting and all(call["id"] != message.get("tool_call_id") for call in _calls(turns[-1:])):
+                turns.append(waiting.pop(0))
+        else:
+            turns += waiting
+            waiting = []
+        calls = message.get("tool_calls") or []
+        turns.append({**message, "tool_calls": calls[:1]} if calls else message)
+        waiting += [{**message, "content": "", "tool_calls": [call]} for call in calls[1:]]
+    return turns + waiting
+
+
+def _calls(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    return [call for message in messages for call in message.get("tool_calls") or []]
+
+
 def _spelled(function: dict[str, Any], syntax: ToolSyntax) -> str:
     return syntax.spell(function["name"], function["arguments"])
 

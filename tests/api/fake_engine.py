@@ -41,12 +41,12 @@ TEMPLATE = (
 )
 
 
-def fake_tokenizer() -> Tokenizer:
-    """Bytes 0..255 are ids 0..255."""
+def fake_tokenizer(*more: str) -> Tokenizer:
+    """Bytes 0..255 are ids 0..255; `more` special tokens come last."""
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=byte_alphabet(), merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    backend.add_special_tokens(["<|im_start|>", "<|im_end|>", *more])
     return Tokenizer(backend, special_tokens={"eos_token": "<|im_end|>"})
 
 
@@ -255,10 +255,11 @@ def serving(
     *,
     template: str = TEMPLATE,
     tokenizer: Tokenizer | None = None,
+    specials: tuple[str, ...] = (),
     **settings: object,
 ) -> Iterator[Server]:
     """Run the real application in uvicorn in a thread, on a free port."""
-    tokenizer = tokenizer or fake_tokenizer()
+    tokenizer = tokenizer or fake_tokenizer(*specials)
     config = ServerConfig(**{"served_model_name": (MODEL, "alias"), **settings})  # type: ignore[arg-type]
     app = create_app(engine, tokenizer, ChatTemplate(template), config)  # type: ignore[arg-type]
     listener = socket.create_server(("127.0.0.1", 0))

@@ -9,7 +9,7 @@ import tool_templates
 from fake_engine import TEMPLATE, fake_tokenizer
 
 from gqa_serve.api.chat_format import ChatFormat, find_format
-from gqa_serve.api.tool_prompt import with_description, with_short_ids, without_tool_turns
+from gqa_serve.api.tool_prompt import one_call_each, with_description, with_short_ids, without_tool_turns
 from gqa_serve.api.tool_syntax import HERMES, LLAMA3, MISTRAL, MISTRAL_ARGS, ToolSyntax
 from gqa_serve.engine.chat_prompt import encode_chat
 from gqa_serve.engine.chat_template import ChatTemplate
@@ -42,7 +42,9 @@ def test_formats(
     system: bool,
     reasons: bool,
 ) -> None:
-    assert found(source) == ChatFormat(syntax, is_native, keeps_calls, short_ids, system, reasons)
+    many = source != tool_templates.LLAMA3
+    expected = ChatFormat(syntax, is_native, keeps_calls, short_ids, system, reasons, many)
+    assert found(source) == expected
 
 
 def test_settings_override() -> None:
@@ -74,6 +76,21 @@ def test_calls_and_results_as_turns() -> None:
     results = "<tool_response>\n2\n</tool_response>\n<tool_response>\n3\n</tool_response>"
     assert turns[3]["content"] == results + "\nV"
     assert CHAT[2]["tool_calls"] == [CALL, CALL]
+
+
+def test_one_call_each() -> None:
+    calls = [{**CALL, "id": id} for id in "abc"]
+    results = [{"role": "tool", "content": id, "tool_call_id": id} for id in "abc"]
+    chat = [*CHAT[:2], {"role": "assistant", "content": "Wait.", "tool_calls": calls}, *results, CHAT[5]]
+    turns = one_call_each(chat)
+    shown = [turn["tool_calls"][0]["id"] if "tool_calls" in turn else turn["content"] for turn in turns]
+    assert shown == ["S", "U", "a", "a", "b", "b", "c", "c", "V"]
+    assert [turn["content"] for turn in turns if "tool_calls" in turn] == ["Wait.", "", ""]
+    assert one_call_each(turns) == turns
+    # Results out of order, missing and foreign ones lose nothing.
+    turns = one_call_each([chat[2], results[2], results[0], CHAT[5]])
+    assert [call["id"] for turn in turns for call in turn.get("tool_calls", [])] == ["a", "b", "c"]
+    assert [turn["content"] for turn in turns if turn["role"] == "tool"] == ["c", "a"]
 
 
 def test_where_the_description_goes() -> None:

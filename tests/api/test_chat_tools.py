@@ -11,7 +11,17 @@ import openai
 import pydantic
 import pytest
 import tool_templates
-from fake_engine import IM_END, MODEL, FakeEngine, Script, Server, fake_info, fake_tokenizer, serving
+from fake_engine import (
+    IM_END,
+    MODEL,
+    VOCAB_SIZE,
+    FakeEngine,
+    Script,
+    Server,
+    fake_info,
+    fake_tokenizer,
+    serving,
+)
 from openai.types.chat import ChatCompletionChunk
 
 USER = [{"role": "user", "content": "Hi"}]
@@ -257,6 +267,17 @@ def test_thinking(qwen: tuple[FakeEngine, openai.OpenAI]) -> None:
     assert prompt_of(engine, 2).endswith("<think>\n\n</think>\n\n")
 
 
+def test_thinking_that_is_continued(qwen: tuple[FakeEngine, openai.OpenAI]) -> None:
+    engine, client = qwen
+    says(engine, " see.</think>Yes.")
+    messages: Any = [*USER, {"role": "assistant", "content": "<think>Let me"}]
+    extra: Any = {"continue_final_message": True}
+    message: Any = (
+        client.chat.completions.create(model=MODEL, messages=messages, extra_body=extra).choices[0].message
+    )
+    assert (message.reasoning_content, message.content) == ("see.", "Yes.")
+
+
 def test_thinking_before_a_call_that_must_come(qwen: tuple[FakeEngine, openai.OpenAI]) -> None:
     engine, client = qwen
     says(engine, "<think>Hm</think>" + CALL)
@@ -334,6 +355,25 @@ def test_llama3_calls() -> None:
         assert choice.finish_reason == "tool_calls"
         (choice,) = client.chat.completions.create(model=MODEL, messages=USER).choices
         assert choice.message.content == '{"name": "get_weather", "parameters": {"city": "Paris"}}'
+
+
+def test_several_calls_go_back_to_a_template_that_takes_one_at_a_time() -> None:
+    with chatting(tool_templates.LLAMA3) as (engine, client, _):
+        says(engine, "; ".join(['{"name": "get_weather", "parameters": {"city": "Paris"}}'] * 2))
+        message = (
+            client.chat.completions.create(model=MODEL, messages=USER, tools=[WEATHER]).choices[0].message
+        )
+        first, second = message.tool_calls or []
+        messages: Any = [
+            *USER,
+            message.to_dict(),
+            {"role": "tool", "tool_call_id": first.id, "content": "Sunny."},
+            {"role": "tool", "tool_call_id": second.id, "content": "Still sunny."},
+        ]
+        client.chat.completions.create(model=MODEL, messages=messages, tools=[WEATHER])
+        prompt = prompt_of(engine, 1)
+        assert prompt.count('{"name": "get_weather", "parameters": {"city": "Paris"}}') == 2
+        assert prompt.index("Sunny.") < prompt.rindex('"parameters"') < prompt.index("Still sunny.")
 
 
 def test_a_server_without_tools_says_so() -> None:
@@ -446,3 +486,43 @@ def test_token_ids_and_prompt_logprobs(qwen: tuple[FakeEngine, openai.OpenAI]) -
     assert chunks[0].prompt_token_ids == prompt
     ids = [id for chunk in chunks for id in getattr(chunk.choices[0], "token_ids", None) or []]
     assert ids == [*CALL.encode(), IM_END]
+
+
+def test_markers_that_are_control_tokens_are_seen_but_not_told() -> None:
+    specials = ("[TOOL_CALLS]", "[ARGS]", "<other>")
+    with chatting(tool_templates.MISTRAL_ARGS, specials=specials) as (engine, client, _):
+        calls, args, other = VOCAB_SIZE, VOCAB_SIZE + 1, VOCAB_SIZE + 2
+        pieces: list[str | bytes | list[int]] = [
+            "So: ", [other], [calls], "get_weather", [args], '{"city": ', [other], '"Paris"}',
+        ]  # fmt: skip
+        engine.script = lambda request: Script(pieces)
+        for stream in (False, True):
+            if stream:
+                with client.chat.completions.stream(
+                    model=MODEL, messages=USER, tools=[WEATHER], logprobs=True
+                ) as events:
+                    choice: Any = events.get_final_completion().choices[0]
+            else:
+                choice = client.chat.completions.create(
+                    model=MODEL, messages=USER, tools=[WEATHER], logprobs=True
+                ).choices[0]
+            assert choice.message.content == "So:"
+            (call,) = choice.message.tool_calls
+            assert call.function.arguments == '{"city": "Paris"}'
+            assert len(choice.logprobs.content) == sum(map(len, pieces))
+        # A request without tools is shown no marker.
+        (plain,) = client.chat.completions.create(model=MODEL, messages=USER).choices
+        assert plain.message.content == 'So: get_weather{"city": "Paris"}'
+
+
+def test_the_tokens_of_thinking_are_counted() -> None:
+    with chatting(tool_templates.QWEN3, specials=("<think>", "</think>")) as (engine, client, _):
+        opening, closing = VOCAB_SIZE, VOCAB_SIZE + 1
+        engine.script = lambda request: Script(["\n", [opening], "Hm", [closing], "\nYes"])
+        answer: Any = client.chat.completions.create(model=MODEL, messages=USER)
+        message = answer.choices[0].message
+        assert (message.reasoning_content, message.content) == ("Hm", "Yes")
+        assert answer.usage.completion_tokens_details.reasoning_tokens == 4
+        engine.script = lambda request: Script(["Yes", [closing], "!"])
+        answer = client.chat.completions.create(model=MODEL, messages=USER)
+        assert answer.usage.completion_tokens_details.reasoning_tokens == 0
