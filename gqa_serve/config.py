@@ -135,7 +135,11 @@ class ServerConfig:
     served_model_name: tuple[str, ...] = setting(
         (), "name(s) clients use; default: the value of --model", "server", metavar="NAME"
     )
-    chat_template: str | None = setting(None, "Jinja file or text; default: the checkpoint's", "server")
+    chat_template: str | None = setting(
+        None,
+        "Jinja file or text, or chatml, llama3, gemma, mistral, phi3; default: the checkpoint's",
+        "server",
+    )
     api_key: tuple[str, ...] = setting(
         (),
         "key(s) that clients must send; better in GQA_SERVE_API_KEY or --api-key-file: `ps` shows flags",
@@ -206,7 +210,11 @@ class ServerConfig:
 class ChatConfig:
     """Settings of `gqa-serve chat --model` beside the engine's; those of the server under their names."""
 
-    chat_template: str | None = setting(None, "Jinja file or text; default: the checkpoint's", "model")
+    chat_template: str | None = setting(
+        None,
+        "Jinja file or text, or chatml, llama3, gemma, mistral, phi3; default: the checkpoint's",
+        "model",
+    )
     log_level: str = setting(
         "warning", "how much to log", "chat", choices=("debug", "info", "warning", "error", "critical")
     )

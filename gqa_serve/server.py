@@ -52,7 +52,8 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig) -> None:
         )
         logger.info("Loading %s.", path)
         tokenizer = load_tokenizer(path)
-        template = load_chat_template(path, server_config.chat_template)
+        template = load_chat_template(path, server_config.chat_template, tokenizer.special_texts)
+        logger.info("Chat template: %s.", template.source_name)
         bar = ProgressBar("Loading weights")
         engine = AsyncEngine(path, engine_config, log_level=server_config.log_level, on_load=bar.update)
         try:

@@ -3,7 +3,8 @@
 Owns the rule that only the template writes control tokens: a message that spells one ("<|im_end|>") reaches
 the model as those characters. Such spellings are replaced by markers before the template sees them, and
 encoded as ordinary text after it. (Around such a spelling the text is encoded in pieces; a SentencePiece
-vocabulary that prefixes a space does so for each.) Knows no HTTP.
+vocabulary that prefixes a space does so for each.) Also finds out which control token ends a turn. Knows no
+HTTP.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from typing import Any
 from gqa_serve.engine.chat_messages import normalise_messages
 from gqa_serve.engine.chat_template import ChatTemplate
 from gqa_serve.engine.tokenizer import Tokenizer
+from gqa_serve.errors import RequestError
+
+_PROBE = "qzprobeqz"
 
 
 def encode_chat(
@@ -48,6 +52,21 @@ def encode_chat(
         add = add_special_tokens and number == 0
         ids += tokenizer.encode(part, add_special_tokens=add, parse_special=not is_literal)
     return ids
+
+
+def end_of_turn(tokenizer: Tokenizer, template: ChatTemplate) -> int | None:
+    """The control token that the template writes after an assistant's message, None if it writes none.
+
+    A model ends its turn with this token, whether or not its settings call it an end of sequence.
+    """
+    chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
+    try:
+        text = template.render(normalise_messages(chat, template), add_generation_prompt=False)
+    except RequestError:  # a template that takes no such conversation never writes that token
+        return None
+    after = text.rpartition(_PROBE)[2]
+    ids = tokenizer.encode(after.lstrip(), add_special_tokens=False, parse_special=True)
+    return ids[0] if ids and ids[0] in tokenizer.special_ids else None
 
 
 class _Literals:

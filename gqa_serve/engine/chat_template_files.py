@@ -4,17 +4,18 @@ Order, the first that exists wins (as in transformers): `--chat-template`; `chat
 named templates of `additional_chat_templates/` or `chat_templates/`; `chat_template` in
 tokenizer_config.json (one template, or a list of named ones); chat_template.json (older processors). Of
 named templates "default" is used, and "tool_use" for requests with tools. A model without any gets
-FALLBACK_TEMPLATE and a warning.
+FALLBACK_TEMPLATE and a warning, which names the known templates (known_templates.py) that fit its vocabulary.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from gqa_serve.engine.chat_template import ChatTemplate
+from gqa_serve.engine.known_templates import KNOWN_TEMPLATES, fitting_templates
 from gqa_serve.engine.tokenizer_files import named_special_tokens, read_optional_json, read_tokenizer_settings
 from gqa_serve.errors import ConfigError, ModelError
 
@@ -32,20 +33,24 @@ FALLBACK_TEMPLATE = (
 _TEMPLATE_FOLDERS = ("additional_chat_templates", "chat_templates")
 
 
-def load_chat_template(path: Path, override: str | None = None) -> ChatTemplate:
+def load_chat_template(
+    path: Path, override: str | None = None, special_texts: Collection[str] = ()
+) -> ChatTemplate:
     """The chat template of the checkpoint directory or .gguf file `path`.
 
-    `override` is the name of a file or a template itself. Raises ConfigError for an unusable override,
-    ModelError for a damaged or ambiguous template.
+    `override` is the name of a file or of a known template, or a template itself; `special_texts`, the texts
+    of the vocabulary's control tokens, are for the hint where there is no template. Raises ConfigError for
+    an unusable override, ModelError for a damaged or ambiguous template.
     """
     templates, special_tokens, origin = _read_directory(path) if path.is_dir() else _read_gguf(path)
     if override is not None:
         templates, origin = {"default": _read_override(override)}, "--chat-template"
     if not templates:
         logger.warning(
-            "%s has no chat template, so chats are rendered as plain 'Role: text' lines; "
-            "pass the right one with --chat-template.",
+            "%s has no chat template, so chats are rendered as plain 'Role: text' lines, which suits base "
+            "models. If it is made for chats, pass its template: --chat-template FILE%s.",
             path,
+            "".join(f", or {name}" for name in fitting_templates(special_texts)),
         )
         templates, origin = {"default": FALLBACK_TEMPLATE}, "the built-in fallback"
     if "default" not in templates:
@@ -64,11 +69,14 @@ def load_chat_template(path: Path, override: str | None = None) -> ChatTemplate:
 def _read_override(override: str) -> str:
     if "{{" in override or "{%" in override:
         return override
+    if override in KNOWN_TEMPLATES:
+        return KNOWN_TEMPLATES[override].source
     try:
         return Path(override).expanduser().read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"--chat-template {override!r} is neither a readable file nor a Jinja template ({error})."
+            f"--chat-template {override!r} is neither a readable file nor a Jinja template ({error}), "
+            f"nor one of {', '.join(KNOWN_TEMPLATES)}."
         ) from error
 
 

@@ -115,7 +115,7 @@ class LLM:
             progress=progress,
         )
         self.tokenizer = load_tokenizer(path)
-        self.chat_template = load_chat_template(path, chat_template)
+        self.chat_template = load_chat_template(path, chat_template, self.tokenizer.special_texts)
         bar = ProgressBar("Loading weights") if progress else None
         runner = ModelRunner(path, config, bar.update if bar else None)
         self._grammars = GrammarService(lambda: self.tokenizer, runner.eos_token_ids)

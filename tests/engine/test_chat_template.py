@@ -15,8 +15,11 @@ from transformers import PreTrainedTokenizerFast
 
 from gqa_serve.engine import chat_template
 from gqa_serve.engine.chat_messages import normalise_messages
+from gqa_serve.engine.chat_prompt import end_of_turn
 from gqa_serve.engine.chat_template import ChatTemplate
 from gqa_serve.engine.chat_template_files import FALLBACK_TEMPLATE, load_chat_template
+from gqa_serve.engine.known_templates import KNOWN_TEMPLATES, fitting_templates
+from gqa_serve.engine.tokenizer import load_tokenizer
 from gqa_serve.errors import ConfigError, ModelError, RequestError
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
@@ -293,6 +296,56 @@ def test_the_fallback_is_plain_and_says_so_once(tmp_path: Path, caplog: pytest.L
     assert template.render(chat) == "<s>System: S\nUser: U\nAssistant:"
     assert template.render(chat, add_generation_prompt=False) == "<s>System: S\nUser: U\n"
     assert template.source == FALLBACK_TEMPLATE
+
+
+def test_known_templates_are_named_never_guessed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    chatml = KNOWN_TEMPLATES["chatml"]
+    assert load_chat_template(tmp_path, None, chatml.needs).source == FALLBACK_TEMPLATE
+    assert "or chatml." in caplog.text
+    assert load_chat_template(tmp_path, "chatml").source == chatml.source
+    assert fitting_templates({"<|im_start|>"}) == []
+    with pytest.raises(ConfigError, match="chatml, llama3"):
+        load_chat_template(tmp_path, "chatlm")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        (
+            "chatml",
+            "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\nA",
+        ),
+        ("gemma", "<s><start_of_turn>user\nS\n\nU<end_of_turn>\n<start_of_turn>model\nA"),
+        ("mistral", "<s>[INST] S\n\nU[/INST] A"),
+        ("phi3", "<|system|>\nS<|end|>\n<|user|>\nU<|end|>\n<|assistant|>\nA"),
+        (
+            "llama3",
+            "<s><|start_header_id|>system<|end_header_id|>\n\nS<|eot_id|><|start_header_id|>user<|end_header_id|>"
+            "\n\nU<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nA",
+        ),
+    ],
+)
+def test_known_templates(name: str, expected: str) -> None:
+    known = KNOWN_TEMPLATES[name]
+    template = ChatTemplate(known.source, special_tokens=SPECIAL)
+    roles = zip(("system", "user", "assistant"), "SUA", strict=True)
+    chat = [{"role": role, "content": text} for role, text in roles]
+    rendered = template.render(chat, add_generation_prompt=False)
+    assert rendered.startswith(expected)
+    assert all(token in rendered for token in known.needs)
+    # What the model is asked to go on from is what its answer followed.
+    prompt = template.render(chat[:2])
+    assert rendered.startswith(prompt)
+    assert rendered[len(prompt) :].lstrip().startswith("A")
+
+
+def test_the_end_of_a_turn() -> None:
+    tokenizer = load_tokenizer(demo_path())
+    assert end_of_turn(tokenizer, load_chat_template(demo_path())) == tokenizer.token_id("<|im_end|>")
+    assert end_of_turn(tokenizer, ChatTemplate(FALLBACK_TEMPLATE)) is None
+    assert end_of_turn(tokenizer, ChatTemplate("{{ raise_exception('no') }}")) is None
+    assert end_of_turn(tokenizer, ChatTemplate("{{ messages[-1]['content'] }} <|endoftext|>")) == 0
+    assert end_of_turn(tokenizer, ChatTemplate("{{ messages[-1]['content'] }} bye <|im_end|>")) is None
 
 
 # Preparing messages
