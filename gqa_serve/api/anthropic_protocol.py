@@ -34,7 +34,7 @@ class Message(msgspec.Struct):
     content: str | list[Block]
 
 
-class ToolParam(msgspec.Struct):
+class MessageTool(msgspec.Struct):
     """A tool; those with a `type` other than "custom" are Anthropic's own."""
 
     name: str | None = None
@@ -46,7 +46,7 @@ class ToolParam(msgspec.Struct):
     allowed_callers: list[str] | None = None
 
 
-class ToolChoiceParam(msgspec.Struct):
+class MessageToolChoice(msgspec.Struct):
     """Whether to call a tool, or which."""
 
     type: str
@@ -82,8 +82,8 @@ class CountRequest(msgspec.Struct, kw_only=True):
     model: str | None = None
     messages: list[Message]
     system: str | list[Block] | None = None
-    tools: list[ToolParam] | None = None
-    tool_choice: ToolChoiceParam | None = None
+    tools: list[MessageTool] | None = None
+    tool_choice: MessageToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
     output_format: OutputFormat | None = None  # where output_config.format was before
@@ -144,7 +144,7 @@ class ToolUseBlock(msgspec.Struct):
 AnswerBlock = TextBlock | ThinkingBlock | ToolUseBlock
 
 
-class OutputTokensDetails(msgspec.Struct):
+class MessageTokensDetails(msgspec.Struct):
     """How much of the output was thinking."""
 
     thinking_tokens: int
@@ -157,7 +157,7 @@ class MessageUsage(msgspec.Struct):
     cache_creation_input_tokens: int
     cache_read_input_tokens: int
     output_tokens: int
-    output_tokens_details: OutputTokensDetails
+    output_tokens_details: MessageTokensDetails
     service_tier: str = "standard"
 
 
@@ -180,16 +180,16 @@ class TokenCount(msgspec.Struct):
     input_tokens: int
 
 
-class ErrorDetail(msgspec.Struct):
+class MessageErrorDetail(msgspec.Struct):
     """What went wrong."""
 
     type: str
     message: str
 
 
-class ErrorBody(msgspec.Struct):
+class MessageError(msgspec.Struct):
     """The whole JSON body of an error."""
 
-    error: ErrorDetail
+    error: MessageErrorDetail
     request_id: str | None
     type: str = "error"

@@ -15,10 +15,10 @@ from starlette.responses import Response
 from gqa_serve.api.anthropic_protocol import (
     AnswerBlock,
     AnswerMessage,
-    ErrorBody,
-    ErrorDetail,
+    MessageError,
+    MessageErrorDetail,
+    MessageTokensDetails,
     MessageUsage,
-    OutputTokensDetails,
     TextBlock,
     ThinkingBlock,
     ToolUseBlock,
@@ -55,7 +55,7 @@ _encode = msgspec.json.Encoder().encode
 def error_body(error: Exception, request_id: str | None) -> bytes:
     """The encoded body for `error`, in Anthropic's shape."""
     if not isinstance(error, RequestError):
-        detail = ErrorDetail("api_error", "The server failed while answering; its log says why.")
+        detail = MessageErrorDetail("api_error", "The server failed while answering; its log says why.")
     else:
         message = error.message
         if isinstance(error, ContextLengthError):  # agents read this sentence, and make the prompt shorter
@@ -67,8 +67,10 @@ def error_body(error: Exception, request_id: str | None) -> bytes:
         elif error.param is not None and not message.startswith(error.param):
             message = f"{error.param}: {message}"
         default = "invalid_request_error" if error.status < 500 else "api_error"
-        detail = ErrorDetail(_ERROR_TYPES.get(error.status, default), shorten(message, MAX_MESSAGE_CHARS))
-    return _encode(ErrorBody(detail, request_id))
+        detail = MessageErrorDetail(
+            _ERROR_TYPES.get(error.status, default), shorten(message, MAX_MESSAGE_CHARS)
+        )
+    return _encode(MessageError(detail, request_id))
 
 
 def anthropic_error(error: Exception, request_id: str) -> Response:
@@ -236,7 +238,7 @@ class MessagesReply:
             cache_creation_input_tokens=0,
             cache_read_input_tokens=cached,
             output_tokens=usage.completion_tokens,
-            output_tokens_details=OutputTokensDetails(num_thinking),
+            output_tokens_details=MessageTokensDetails(num_thinking),
         )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from gqa_serve.api.anthropic_protocol import Block, CountRequest, MessagesRequest, OutputFormat, ToolParam
+from gqa_serve.api.anthropic_protocol import Block, CountRequest, MessagesRequest, MessageTool, OutputFormat
 from gqa_serve.api.client_names import ClientNames
 from gqa_serve.api.errors import shorten
 from gqa_serve.api.params import FieldRules
@@ -147,7 +147,7 @@ def _choice(fields: CountRequest) -> dict[str, Any]:
     return {"tool_choice": _CHOICES[choice.type], "parallel_tool_calls": parallel}
 
 
-def _tool(tool: ToolParam, where: str) -> Tool:
+def _tool(tool: MessageTool, where: str) -> Tool:
     if tool.type not in (None, "custom"):
         raise RequestError(
             f"{where}: tools of type {shorten(tool.type)!r} are Anthropic's own and not run here; describe a "

@@ -87,11 +87,11 @@ class Responses:
         return await answer(request, context, ResponseReply(chat, context.tokenizer, response, keeping))
 
     async def stored(self, request: Request) -> Response:
-        """GET or DELETE of one response: one route, so that a 405 names both."""
-        return await (self.delete(request) if request.method == "DELETE" else self.get(request))
-
-    async def get(self, request: Request) -> Response:
-        """A stored response, as it was answered. Raises NotFoundError."""
+        """A stored response, as it was answered; or forget it. Raises NotFoundError."""
+        id = request.path_params["id"]
+        if request.method == "DELETE":
+            self._store.delete(id)
+            return _json_bytes(msgspec.json.encode(DeletedResponse(id)))
         if request.query_params.get("stream", "false") != "false":
             raise RequestError(
                 "A stored response is not streamed again; leave stream out.",
@@ -99,13 +99,7 @@ class Responses:
                 code="unsupported_parameter",
             )
         check_include(_query_list(request, "include"))
-        return _json_bytes(self._store.get(request.path_params["id"]).body)
-
-    async def delete(self, request: Request) -> Response:
-        """Forget a response. Raises NotFoundError."""
-        id = request.path_params["id"]
-        self._store.delete(id)
-        return _json_bytes(msgspec.json.encode(DeletedResponse(id)))
+        return _json_bytes(self._store.get(id).body)
 
     async def input_items(self, request: Request) -> Response:
         """What a response answered, in pages. Raises NotFoundError, RequestError."""

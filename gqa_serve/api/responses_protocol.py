@@ -48,7 +48,7 @@ class InputItem(msgspec.Struct):
     summary: list[InputPart] | None = None
 
 
-class ToolParam(msgspec.Struct):
+class ResponseTool(msgspec.Struct):
     """A tool; only those of type "function" can be used."""
 
     type: str
@@ -65,7 +65,7 @@ class AllowedTool(msgspec.Struct):
     name: str | None = None
 
 
-class ToolChoiceParam(msgspec.Struct):
+class ResponseToolChoice(msgspec.Struct):
     """A tool to call, or the tools that may be called."""
 
     type: str
@@ -111,8 +111,8 @@ class ResponsesRequest(msgspec.Struct, kw_only=True):
     store: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    tools: list[ToolParam] | None = None
-    tool_choice: str | ToolChoiceParam | None = None
+    tools: list[ResponseTool] | None = None
+    tool_choice: str | ResponseToolChoice | None = None
     parallel_tool_calls: bool | None = None
     max_tool_calls: Int | None = None
     max_output_tokens: Int | None = None

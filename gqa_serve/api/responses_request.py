@@ -32,9 +32,9 @@ from gqa_serve.api.responses_protocol import (
     ReasoningEcho,
     ResponseObject,
     ResponsesRequest,
+    ResponseToolChoice,
     TextEcho,
     TextFormat,
-    ToolChoiceParam,
 )
 from gqa_serve.errors import RequestError
 
@@ -174,7 +174,7 @@ class Tools:
             logger.warning("Passing over tools of type %r: this server runs no tools.", shorten(type))
 
 
-def _tool_choice(choice: str | ToolChoiceParam | None) -> str | ToolChoice | None:
+def _tool_choice(choice: str | ResponseToolChoice | None) -> str | ToolChoice | None:
     if choice is None or isinstance(choice, str):
         return choice
     if choice.type == "function":
@@ -237,7 +237,7 @@ def chat_request(
         messages.insert(0, ChatMessage("system", fields.instructions))
         paths.insert(0, "instructions")
     names |= {f"messages[{number}]": path for number, path in enumerate(paths)}
-    if isinstance(fields.tool_choice, ToolChoiceParam):
+    if isinstance(fields.tool_choice, ResponseToolChoice):
         for number in range(len(fields.tool_choice.tools or [])):
             names[f"tool_choice.allowed_tools.tools[{number}].function"] = f"tool_choice.tools[{number}]"
     for number, (path, _) in enumerate(tools):
@@ -287,7 +287,7 @@ def response_object(
     )
 
 
-def _choice_echo(choice: str | ToolChoiceParam | None) -> str | dict[str, Any]:
+def _choice_echo(choice: str | ResponseToolChoice | None) -> str | dict[str, Any]:
     if choice is None or isinstance(choice, str):
         return choice or "auto"
     if choice.type == "function":

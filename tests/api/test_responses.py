@@ -493,3 +493,10 @@ def test_a_whole_response_is_given_up_when_its_client_leaves(server: Server, eng
         while not engine.streams:
             pass
     # The fixture waits for the engine to be idle, and fails if it never is.
+
+
+def test_other_methods_are_told_which_there_are(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.APIStatusError) as caught:
+        client.put("/responses/resp_x", cast_to=object)
+    assert caught.value.status_code == 405
+    assert set(caught.value.response.headers["allow"].split(", ")) == {"DELETE", "GET", "HEAD"}
