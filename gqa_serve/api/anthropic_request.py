@@ -45,16 +45,6 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "inference_geo": (),
     "speed": ("standard",),
     "n": (1,),
-    "stop": (),
-    "max_completion_tokens": (),
-    "response_format": (),
-    "reasoning_effort": (),
-    "parallel_tool_calls": (),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
 }
 _NO_OPS = ("cache_control", "user_profile_id", "workspace_id", "metadata", "service_tier")
 _SAME_NAMES = frozenset(ChatRequest.__struct_fields__) & frozenset(MessagesRequest.__struct_fields__)
@@ -69,8 +59,8 @@ _BILLING_LINE = "x-anthropic-billing-header:"
 
 
 def field_rules(type: type[msgspec.Struct]) -> FieldRules:
-    """The rules of /v1/messages and of count_tokens."""
-    return FieldRules(type, _REFUSED, no_ops=_NO_OPS)
+    """The rules of /v1/messages; of count_tokens, where fields that shape no prompt mean nothing."""
+    return FieldRules.beside_chat(type, _REFUSED, [*_NO_OPS, *MessagesRequest.__struct_fields__])
 
 
 def chat_request(

@@ -105,6 +105,21 @@ class FieldRules:
         return cls(ChatRequest, _REFUSED_CHAT)
 
     @classmethod
+    def beside_chat(
+        cls,
+        type: type[msgspec.Struct],
+        refused: Mapping[str, tuple[Any, ...]],
+        no_ops: Iterable[str] = NO_OPS,
+    ) -> FieldRules:
+        """The rules of an endpoint that asks for chats in words of its own.
+
+        It refuses what chat completions know and it does not: nobody sends that to be ignored.
+        """
+        own = {*type.__struct_fields__, *no_ops}
+        others = ({*ChatRequest.__struct_fields__} | _REFUSED_CHAT.keys()) - own
+        return cls(type, {**{name: _REFUSED_CHAT.get(name, (False,)) for name in others}, **refused}, no_ops)
+
+    @classmethod
     def completion(cls) -> FieldRules:
         """The rules of /v1/completions."""
         return cls(CompletionRequest, _REFUSED_COMPLETION)

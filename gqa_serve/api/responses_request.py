@@ -45,21 +45,9 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "conversation": (),
     "prompt": (),
     "context_management": ([],),
-    "moderation": (),
     "access_programs": (),
     "image": (),
     "n": (1,),
-    "messages": (),
-    "max_tokens": (),
-    "max_completion_tokens": (),
-    "response_format": (),
-    "reasoning_effort": (),
-    "logprobs": (False,),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
 }
 _LOGPROBS = "message.output_text.logprobs"
 # What `include` may ask for: log-probabilities; what reasoning items carry anyway (their text, in the open);
@@ -84,7 +72,7 @@ logger = logging.getLogger(__name__)
 
 def field_rules() -> FieldRules:
     """The rules of /v1/responses."""
-    return FieldRules(ResponsesRequest, _REFUSED)
+    return FieldRules.beside_chat(ResponsesRequest, _REFUSED)
 
 
 def wants_logprobs(fields: ResponsesRequest) -> bool:
