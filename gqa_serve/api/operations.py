@@ -10,8 +10,13 @@ import dataclasses
 from typing import Any
 
 from gqa_serve.api import anthropic_request, responses_request
-from gqa_serve.api.anthropic_protocol import AnswerMessage, CountRequest, MessagesRequest, TokenCount
-from gqa_serve.api.anthropic_protocol import ErrorBody as AnthropicErrorBody
+from gqa_serve.api.anthropic_protocol import (
+    AnswerMessage,
+    CountRequest,
+    MessageError,
+    MessagesRequest,
+    TokenCount,
+)
 from gqa_serve.api.openapi import Operation
 from gqa_serve.api.params import FieldRules
 from gqa_serve.api.protocol import (
@@ -133,12 +138,12 @@ def _messages() -> tuple[Operation, ...]:
             method="post", path="/v1/messages", tag="Anthropic", summary="A message, whole or as events",
             request=MessagesRequest, response=AnswerMessage, stream=dict[str, Any], done=False,
             rules=anthropic_request.field_rules(MessagesRequest), errors=_GENERATES,
-            error=AnthropicErrorBody, example={**hello, "max_tokens": 32},
+            error=MessageError, example={**hello, "max_tokens": 32},
         ),
         Operation(
             method="post", path="/v1/messages/count_tokens", tag="Anthropic", summary="Count tokens",
             request=CountRequest, response=TokenCount, rules=anthropic_request.field_rules(CountRequest),
-            errors=(400, 404, 413, 503), error=AnthropicErrorBody, example=hello,
+            errors=(400, 404, 413, 503), error=MessageError, example=hello,
         ),
     )  # fmt: skip
 
