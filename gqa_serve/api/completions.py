@@ -7,6 +7,8 @@ and `serving.py` runs the generation. Knows no engine. Invariant: choices are or
 
 from __future__ import annotations
 
+import functools
+
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
@@ -29,7 +31,7 @@ from gqa_serve.api.structured_fields import structured_grammar
 from gqa_serve.api.text_stream import TextEvent
 from gqa_serve.engine.fill_in_middle import FillInMiddle, find_fill_in_middle
 from gqa_serve.engine.request import MAX_LOGPROBS, ModelInfo, SamplingParams
-from gqa_serve.errors import RequestError
+from gqa_serve.errors import ContextLengthError, RequestError
 
 
 class Completions:
@@ -129,9 +131,16 @@ class Completions:
         suffix = fields.suffix or ""
         tokenizer.check_length(len(suffix), info.max_model_len, param="suffix")
 
+        @functools.cache  # once, however many prompts there are
+        def after() -> list[int]:
+            ids = [] if markers is None else markers.encode_suffix(tokenizer, suffix)
+            if len(ids) >= info.max_model_len:
+                raise ContextLengthError(len(ids), info.max_model_len, param="suffix")
+            return ids
+
         def encode(item: str | list[int]) -> list[int]:
             if markers is not None:
-                return markers.encode(tokenizer, item, suffix, add_special_tokens=add_special)
+                return markers.encode(tokenizer, item, after(), add_special_tokens=add_special)
             if isinstance(item, list):
                 return item
             return tokenizer.encode(item, add_special_tokens=add_special, parse_special=True)

@@ -221,7 +221,8 @@ def check_capacity(
     """Raises RequestError for more choices than the engine takes when it is idle: waiting cannot help."""
     limit = info.max_num_seqs + info.max_waiting
     if num_prompts * n > limit:
-        asked = f"{name}={n}" if num_prompts == 1 else f"{num_prompts} {prompts}s with {name}={n}"
+        asked = f"{name}={n}" if num_prompts == 1 else f"{num_prompts} {prompts}s"
+        asked += f" with {name}={n}" if n > 1 and num_prompts > 1 else ""
         raise RequestError(
             f"{asked} is more than the {limit} choices this server can hold at once. Ask for fewer.",
             param=name if n > 1 else prompts,

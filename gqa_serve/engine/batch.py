@@ -24,7 +24,7 @@ class PlanRow(msgspec.Struct, array_like=True):
 
     `token_ids` are the new tokens, at positions `start` .. `start + len(token_ids) - 1`; `block_ids` covers
     at least all positions up to the last new one. Logits are needed for the last `num_logits` new tokens:
-    0 in the middle of a prompt, 1 to sample, more to score a prompt.
+    0 in the middle of a prompt, 1 to sample, more to score a prompt or to take the mean of its hidden states.
 
     `previous_row` >= 0: the last new token was chosen by the step before and its value is known on the device
     alone. It is that row of what that step sampled; its entry in `token_ids` is 0.

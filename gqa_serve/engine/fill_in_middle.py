@@ -52,17 +52,20 @@ class FillInMiddle:
         return [token for token in (self.prefix, self.suffix, self.middle) if token is not None]
 
     def encode(
-        self, tokenizer: Tokenizer, before: str | list[int], after: str, *, add_special_tokens: bool
+        self, tokenizer: Tokenizer, before: str | list[int], after: list[int], *, add_special_tokens: bool
     ) -> list[int]:
-        """Token ids of the prompt that asks for the text between `before` and `after`."""
+        """Token ids of the prompt that asks for the text between `before` and `after` (`encode_suffix`)."""
         first = tokenizer.bos_token_id
         begins = first is not None and tokenizer.encode("", add_special_tokens=True)[:1] == [first]
         start = [first] if add_special_tokens and begins and first is not None else []
         ids = self._literal(tokenizer, before, spaced=True) if isinstance(before, str) else before
-        rest = self._literal(tokenizer, after, spaced=False)
         if self.middle is None:
-            return [*start, self.suffix, *rest, self.prefix, *ids]
-        return [*start, self.prefix, *ids, self.suffix, *rest, self.middle]
+            return [*start, self.suffix, *after, self.prefix, *ids]
+        return [*start, self.prefix, *ids, self.suffix, *after, self.middle]
+
+    def encode_suffix(self, tokenizer: Tokenizer, text: str) -> list[int]:
+        """Token ids of the text after the middle."""
+        return self._literal(tokenizer, text, spaced=False)
 
     def _literal(self, tokenizer: Tokenizer, text: str, *, spaced: bool) -> list[int]:
         """`text` as ordinary tokens. Qwen's markers are added tokens that are not special, which a tokenizer

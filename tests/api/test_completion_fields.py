@@ -186,7 +186,8 @@ def test_the_model_s_own_stop_is_not_the_request_s(coding: Server) -> None:
         ({"suffix": "x", "echo": True, "logprobs": 1}, "echo"),
         ({"suffix": "x", "truncate_prompt_tokens": 3}, "truncate_prompt_tokens"),
         ({"suffix": ["x"]}, "suffix"),
-        ({"suffix": "x" * MAX_MODEL_LEN}, "prompt"),
+        ({"suffix": "x" * (MAX_MODEL_LEN - 4)}, "prompt"),
+        ({"suffix": "x" * MAX_MODEL_LEN}, "suffix"),
         ({"suffix": "x" * 100_000}, "suffix"),
     ],
 )

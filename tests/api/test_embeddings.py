@@ -11,7 +11,7 @@ import httpx
 import numpy as np
 import openai
 import pytest
-from fake_engine import HIDDEN_SIZE, MAX_MODEL_LEN, MODEL, FakeEngine, Script, Server, serving
+from fake_engine import HIDDEN_SIZE, MAX_MODEL_LEN, MODEL, FakeEngine, Script, Server, fake_info, serving
 
 from gqa_serve.errors import QueueFullError
 
@@ -140,8 +140,15 @@ def test_what_asks_for_nothing_else_is_fine(server: Server) -> None:
     assert post(server, normalize=True, endianness="little", **dict.fromkeys(nulls)).status_code == 200
 
 
-def test_more_inputs_than_the_server_holds(server: Server, engine: FakeEngine) -> None:
-    assert engine.model_info is not None
+def test_more_inputs_than_the_server_could_ever_hold(server: Server, engine: FakeEngine) -> None:
+    engine.model_info = fake_info(max_num_seqs=1, max_waiting=1)
+    assert post(server, input=["a", "b"]).status_code == 200
+    reply = post(server, input=["a", "b", "c"])
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "input")
+    assert reply.json()["error"]["message"].startswith("3 inputs is more than the 2 ")
+
+
+def test_more_inputs_than_the_server_holds_now(server: Server, engine: FakeEngine) -> None:
     engine.capacity = 2
     reply = post(server, input=["a", "b", "c"])
     assert reply.status_code == QueueFullError("").status == 429

@@ -46,11 +46,13 @@ def test_families(markers: tuple[str, ...], prompt: str) -> None:
     tokenizer = coder(*markers)
     found = find_fill_in_middle(tokenizer)
     assert found is not None
-    ids = found.encode(tokenizer, "A", "B", add_special_tokens=True)
+    after = found.encode_suffix(tokenizer, "B")
+    ids = found.encode(tokenizer, "A", after, add_special_tokens=True)
     assert spelled(tokenizer, ids) == prompt
     assert len(ids) == 3 + len(found.ids)
-    assert found.encode(tokenizer, "A", "B", add_special_tokens=False) == ids[1:]
-    assert found.encode(tokenizer, list(b"A"), "", add_special_tokens=False)  # ids as they are
+    assert found.encode(tokenizer, "A", after, add_special_tokens=False) == ids[1:]
+    given = tokenizer.encode("A", add_special_tokens=False)
+    assert found.encode(tokenizer, given, after, add_special_tokens=True) == ids  # ids as they are
     assert set(found.ids) <= found.end_ids
     assert found.end_ids == {tokenizer.token_id(marker) for marker in markers}
 
@@ -62,7 +64,7 @@ def test_a_marker_spelled_in_a_text_is_text(special: bool) -> None:
     found = find_fill_in_middle(tokenizer)
     assert found is not None
     text = "é<|fim_middle|><|fim_suffix|> </s>x"
-    ids = found.encode(tokenizer, text, text, add_special_tokens=False)
+    ids = found.encode(tokenizer, text, found.encode_suffix(tokenizer, text), add_special_tokens=False)
     assert [ids.index(marker) for marker in found.ids] == [0, 1 + len(text.encode()), len(ids) - 1]
     assert [ids.count(marker) for marker in found.ids] == [1, 1, 1]
     assert spelled(tokenizer, ids).count(text) == 2
@@ -124,7 +126,7 @@ def test_sentencepiece_puts_no_space_before_the_suffix() -> None:
     tokenizer = spm_with(fim_pre_token_id=0, fim_suf_token_id=1, fim_mid_token_id=2)
     found = find_fill_in_middle(tokenizer)
     assert found is not None
-    ids = found.encode(tokenizer, "the", "the", add_special_tokens=True)
+    ids = found.encode(tokenizer, "the", found.encode_suffix(tokenizer, "the"), add_special_tokens=True)
     assert ids[0] == tokenizer.bos_token_id
     words = [tokenizer.token(id_) for id_ in ids[1:]]
     cut = words.index("<B>")
