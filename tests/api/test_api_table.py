@@ -65,6 +65,15 @@ def stored_response(server: Server) -> str:
     return str(json.loads(reply.body)["id"])
 
 
+# What chat knows and other endpoints refuse.
+CHAT_ONLY = {
+    "continue_final_message": True,
+    "skip_special_tokens": False,
+    "logprobs": True,
+    "top_logprobs": 2,
+}
+
+
 # Values for fields of the same meaning everywhere. Of refused fields: one that is refused.
 PROBES: dict[str, Any] = {
     "model": MODEL, "stream": True, "stream_options": {"include_usage": True}, "n": 2, "max_tokens": 5,
@@ -115,7 +124,7 @@ RESPONSES = Walk(
     fields_of(response_params.ResponseCreateParamsNonStreaming),
     needed={"input": "Hi"},
     probes={
-        "instructions": "Be short.", "max_output_tokens": 5, "text": {"format": {"type": "text"}},
+        **CHAT_ONLY, "instructions": "Be short.", "max_output_tokens": 5, "text": {"format": {"type": "text"}},
         "input": "Hello", "include": ["reasoning.encrypted_content"], "truncation": "auto",
         "tool_choice": "none", "previous_response_id": stored_response,
         "reasoning": {"effort": "none"}, "max_tool_calls": 3, "store": False, "background": True,
@@ -131,7 +140,7 @@ MESSAGES = Walk(
     needed={"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 20},
     also="/v1/messages/count_tokens",
     probes={
-        "system": "Be short.", "stop_sequences": ["x"], "thinking": {"type": "disabled"},
+        **CHAT_ONLY, "system": "Be short.", "stop_sequences": ["x"], "thinking": {"type": "disabled"},
         "tools": [{"name": "f", "input_schema": {"type": "object"}}], "tool_choice": {"type": "none"},
         "output_config": {"effort": "high"},
         "output_format": {"type": "json_schema", "schema": {"type": "object"}},

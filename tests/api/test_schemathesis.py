@@ -23,7 +23,8 @@ def test_nothing_that_fits_the_description_or_misses_it_is_a_surprise(
             *(sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json"),
             *("--header", f"Authorization: Bearer {KEY}"),
             *("--checks", "all", "--exclude-checks", "positive_data_acceptance"),
-            *("--max-examples", "20", "--generation-deterministic", "--no-color", "--workers", "1"),
+            *("--exclude-path", "/v1/tokenize", "--exclude-path", "/v1/detokenize"),  # as without /v1
+            *("--max-examples", "5", "--generation-deterministic", "--no-color", "--workers", "1"),
         ]
         environ = {**os.environ, "PYTHONWARNINGS": "default"}  # theirs are not ours to fix
         result = subprocess.run(
@@ -36,7 +37,7 @@ def test_nothing_that_fits_the_description_or_misses_it_is_a_surprise(
         assert tested is not None
         assert selected is not None
         assert passed is not None
-        assert tested[1] == selected[1] == selected[2]
+        assert int(tested[1]) == int(selected[1]) == int(selected[2]) - 2
         assert int(passed[1]) == int(passed[2]) > 500
         wait_until(lambda: server.engine.num_running == 0)
         assert len(server.engine.requests) > 50  # it was not all refused
