@@ -154,7 +154,9 @@ def _ending_with(params: SamplingParams, markers: FillInMiddle, vocab_size: int)
     if params.ignore_eos:
         return params
     ends = {*params.stop_token_ids, *(token for token in markers.end_ids if token < vocab_size)}
-    return msgspec.structs.replace(params, stop_token_ids=sorted(ends))
+    ending = msgspec.structs.replace(params, stop_token_ids=sorted(ends))
+    ending.validate(vocab_size)  # together they may be too many
+    return ending
 
 
 def _mean_logprob(event: TextEvent) -> float:

@@ -130,13 +130,9 @@ class LegacyLogprobsWriter:
     def output(
         self, entries: Sequence[TokenLogprobs], hidden_stop: TokenLogprobs | None = None
     ) -> LegacyLogprobs:
-        """Generated tokens; `hidden_stop` is one that ended the text without being part of it."""
-        result = self._write((entry.token_id, entry) for entry in entries)
-        if hidden_stop is not None:
-            offset = self._offset
-            result = join_legacy([result, self._write([(hidden_stop.token_id, hidden_stop)])])
-            self._offset = offset
-        return result
+        """Generated tokens; `hidden_stop` ended the text, without being part of it: nothing follows."""
+        all_entries = entries if hidden_stop is None else [*entries, hidden_stop]
+        return self._write((entry.token_id, entry) for entry in all_entries)
 
     def _write(self, tokens: Iterable[tuple[int, TokenLogprobs | None]]) -> LegacyLogprobs:
         result = LegacyLogprobs()
