@@ -125,7 +125,10 @@ class ChatReply(ChunkReply):
     def _finish(self, event: TextEvent) -> ApiFinishReason | None:
         """Only to be asked when the event's parts are known."""
         return finish_reason(
-            event.finish_reason, has_calls=self._has_calls[event.index], names_tool=self._chat.names_tool
+            event.finish_reason,
+            has_calls=self._has_calls[event.index],
+            names_tool=self._chat.names_tool,
+            is_cut=self._parsers[event.index].is_cut,
         )
 
     def usage_chunk(self) -> ChatChunk:

@@ -50,6 +50,10 @@ Part = TextPart | ReasoningPart | ToolCallPart | ArgumentsPart
 class MessageParser(Protocol):
     """Takes the text of one choice apart as it comes."""
 
+    @property
+    def is_cut(self) -> bool:
+        """Once all was fed: whether the text ended within the arguments of a call."""
+
     def feed(self, text: str, *, final: bool = False) -> list[Part]:
         """The parts that became certain with `text`; with `final`, all that is left."""
 
@@ -57,16 +61,21 @@ class MessageParser(Protocol):
 class PlainParser:
     """For models and requests without tools and reasoning: all text is the answer."""
 
+    is_cut = False
+
     def feed(self, text: str, *, final: bool = False) -> list[Part]:
         """One part, if there is text."""
         return [TextPart(text)] if text else []
 
 
 def finish_reason(
-    reason: Literal["stop", "length"] | None, *, has_calls: bool, names_tool: bool
+    reason: Literal["stop", "length"] | None, *, has_calls: bool, names_tool: bool, is_cut: bool
 ) -> ApiFinishReason | None:
-    """What OpenAI says of the end: calls are a reason of their own, unless the request named the function."""
-    return "tool_calls" if reason == "stop" and has_calls and not names_tool else reason
+    """What OpenAI says of the end: calls are a reason of their own, unless the request named the function.
+
+    Calls of which a stop string took the end are none that a client could make.
+    """
+    return "tool_calls" if reason == "stop" and has_calls and not (names_tool or is_cut) else reason
 
 
 def merge_parts(parts: list[Part]) -> list[Part]:

@@ -33,6 +33,11 @@ class ReasoningParser:
         self._pending = ""
         self._step = self._before
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether the text ended within the arguments of a call."""
+        return self._inner.is_cut
+
     def feed(self, text: str, *, final: bool = False) -> list[Part]:
         """The parts that became certain with `text`; with `final`, all that is left."""
         self._pending += text

@@ -40,6 +40,11 @@ class ToolParser:
         self._call = CallObject()
         self._step: Callable[[], None] = self._text
 
+    @property
+    def is_cut(self) -> bool:
+        """Once all was fed: whether the text ended within the arguments of a call."""
+        return self._step == self._in_call and self._call.begun
+
     def feed(self, text: str, *, final: bool = False) -> list[Part]:
         """The parts that became certain with `text`; with `final`, all that is left."""
         self._requeue(text, at_end=True)
@@ -229,6 +234,11 @@ class MistralParser(ToolParser):
         self._name = ""  # after the marker
         self._arguments = JsonValue()
         self._is_listed = False
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the text ended within the arguments of a call."""
+        return self._step == self._in_arguments or super().is_cut
 
     def _begin(self) -> None:
         self._head = len(self._hold)

@@ -217,6 +217,40 @@ def test_an_answer_cut_short_says_so(qwen: tuple[FakeEngine, openai.OpenAI]) -> 
     assert (answer.finish_reason, answer.message.tool_calls) == ("stop", None)
 
 
+def test_a_stop_string_within_a_call(qwen: tuple[FakeEngine, openai.OpenAI]) -> None:
+    engine, client = qwen
+    says(engine, "<think>x</think>" + CALL)
+    answer = client.chat.completions.create(model=MODEL, messages=USER, tools=[WEATHER], stop="ris").choices[
+        0
+    ]
+    assert answer.finish_reason == "stop"
+    assert (answer.message.tool_calls or [])[0].function.arguments == '{"city": "Pa'
+    answer = client.chat.completions.create(
+        model=MODEL, messages=USER, tools=[WEATHER], stop="</tool"
+    ).choices[0]
+    assert answer.finish_reason == "tool_calls"
+    with chatting(tool_templates.MISTRAL_ARGS) as (other, mistral, _):
+        says(other, '[TOOL_CALLS]get_weather[ARGS]{"city": "Paris"}')
+        for stop, reason in (("ris", "stop"), ("?", "tool_calls")):
+            answer = mistral.chat.completions.create(
+                model=MODEL, messages=USER, tools=[WEATHER], stop=stop
+            ).choices[0]
+            assert answer.finish_reason == reason
+
+
+def test_a_form_of_the_answer_holds_after_the_thinking(qwen: tuple[FakeEngine, openai.OpenAI]) -> None:
+    engine, client = qwen
+    says(engine, "<think>Hm</think>{}")
+    for thinks in (True, False):
+        extra: Any = {"chat_template_kwargs": {"enable_thinking": thinks}}
+        answer = client.chat.completions.create(
+            model=MODEL, messages=USER, response_format={"type": "json_object"}, extra_body=extra
+        )
+        assert answer.choices[0].message.content == "{}"
+    grammars = [request.params.grammar or "" for request in engine.requests]
+    assert ["</think>" in grammar for grammar in grammars] == [True, False]
+
+
 def test_choices_have_parsers_of_their_own(qwen: tuple[FakeEngine, openai.OpenAI]) -> None:
     engine, client = qwen
     texts = iter([CALL, "No.", CALL + CALL] * 2)
