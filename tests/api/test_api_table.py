@@ -124,7 +124,8 @@ RESPONSES = Walk(
     fields_of(response_params.ResponseCreateParamsNonStreaming),
     needed={"input": "Hi"},
     probes={
-        **CHAT_ONLY, "instructions": "Be short.", "max_output_tokens": 5, "text": {"format": {"type": "text"}},
+        **CHAT_ONLY, "instructions": "Be short.", "max_output_tokens": 5,
+        "text": {"format": {"type": "text"}},
         "input": "Hello", "include": ["reasoning.encrypted_content"], "truncation": "auto",
         "tool_choice": "none", "previous_response_id": stored_response,
         "reasoning": {"effort": "none"}, "max_tool_calls": 3, "store": False, "background": True,
