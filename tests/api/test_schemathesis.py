@@ -46,5 +46,5 @@ def test_nothing_that_fits_the_description_or_misses_it_is_a_surprise(
         assert (selected[1] == selected[2]) == (options is not EDGES)
         assert int(passed[1]) == int(passed[2]) > 500
         wait_until(lambda: server.engine.num_running == 0)
-        assert len(server.engine.requests) > 50  # it was not all refused
+        assert len(server.engine.requests) > 10  # it was not all refused
     assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
