@@ -3,7 +3,7 @@
 Runs take turns within one process, so that whatever else the machine does falls on all kinds alike. All
 generate the same number of tokens at temperature 1: "free" with no grammar; "text" under an expression that
 forces nothing, so that every token needs its mask; "schema" under a JSON schema, whose forced tokens need no
-step of their own.
+step of their own; "bounded" under one with short maxLengths, near which masks take longest.
 
     python benchmarks/structured.py
     python benchmarks/structured.py --rounds 9 --requests 1 4 16
@@ -21,20 +21,27 @@ from gqa_serve import LLM, SamplingParams
 from gqa_serve.config import engine_environment
 from gqa_serve.engine.grammars import json_schema_grammar, regex_grammar
 
-PERSON = {
-    "type": "object",
-    "properties": {
-        "name": {"type": "string", "maxLength": 20},
-        "age": {"type": "integer", "minimum": 0, "maximum": 120},
-        "interests": {"type": "array", "items": {"type": "string", "maxLength": 12}, "maxItems": 3},
-    },
-    "required": ["name", "age", "interests"],
-    "additionalProperties": False,
-}
+
+def people(**string: int) -> str:
+    """The grammar of a long list."""
+    person = {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string", **string},
+            "age": {"type": "integer", "minimum": 0, "maximum": 120},
+            "interests": {"type": "array", "items": {"type": "string", **string}, "maxItems": 3},
+        },
+        "required": ["name", "age", "interests"],
+        "additionalProperties": False,
+    }
+    return json_schema_grammar({"type": "array", "items": person, "minItems": 1000})
+
+
 GRAMMARS = {
     "free": None,
     "text": regex_grammar(r"(?s:[\x20-\x7e\n]*)"),
-    "schema": json_schema_grammar({"type": "array", "items": PERSON, "minItems": 1000}),
+    "schema": people(),
+    "bounded": people(maxLength=12),
 }
 
 
@@ -74,7 +81,7 @@ def main() -> None:
         for name, values in rates.items():
             ratios = [value / other for value, other in zip(values, rates["free"], strict=True)]
             print(
-                f"{requests:3} requests  {name:6}  {statistics.median(values):7.1f} tokens/s "
+                f"{requests:3} requests  {name:7}  {statistics.median(values):7.1f} tokens/s "
                 f"({min(values):.1f}..{max(values):.1f})  {statistics.median(values) / free:6.1%} of free "
                 f"(rounds: {min(ratios):.1%}..{max(ratios):.1%})",
                 flush=True,

@@ -1,9 +1,9 @@
 """Constraints from grammars, compiled and computed beside the engine's own work.
 
-Owns two threads: one compiles grammars (and loads the tokenizer when the first comes), one computes masks
-while the model's forward pass runs; llguidance and the native backend both let go of the interpreter's lock.
-Knows no scheduler and no logits. Invariant: a request's matcher is used by one thread at a time: by the
-engine's until its mask is asked for, by the mask thread until that is there.
+Owns the threads: one compiles grammars (and loads the tokenizer when the first comes), a few compute masks;
+llguidance lets go of the interpreter's lock. Knows no scheduler and no logits. Invariant: a request's matcher
+is used by one thread at a time: by the engine's until its mask is asked for, by a mask thread until that is
+there.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from gqa_serve.engine.constraints import Constraint, ConstraintError
+from gqa_serve.engine.cpus import usable_cores
 from gqa_serve.engine.grammars import one_line
 from gqa_serve.errors import ModelError
 
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
     from gqa_serve.engine.grammar_compiler import GrammarCompiler
     from gqa_serve.engine.tokenizer import Tokenizer
+
+
+_MAX_MASK_THREADS = 4
 
 
 class GrammarConstraint:
@@ -55,7 +59,7 @@ class GrammarConstraint:
         return self._bits
 
     def compute(self, avoid_end: bool) -> None:
-        """What `mask` returns; in the mask thread."""
+        """What `mask` returns; in a mask thread."""
         bits = self._matcher.compute_bitmask()
         if self._matcher.is_error():
             self.error = _failure(self._matcher)
@@ -83,7 +87,8 @@ class GrammarService:
         self._eos = tuple(eos_token_ids)
         self._compiler: GrammarCompiler | None = None
         self._compiling = ThreadPoolExecutor(1, "grammar-compiler")
-        self._masks = ThreadPoolExecutor(1, "grammar-masks")
+        self._num_threads = min(_MAX_MASK_THREADS, usable_cores())
+        self._masks = ThreadPoolExecutor(self._num_threads, "grammar-masks")
 
     @classmethod
     def for_model(cls, path: Path, eos_token_ids: Iterable[int]) -> GrammarService:
@@ -101,16 +106,13 @@ class GrammarService:
         return self._compiling.submit(self._begin, grammar)
 
     def prepare(self, constraints: Sequence[tuple[Constraint, bool]]) -> None:
-        """Compute the masks of `constraints`, all of which are this service's, in the mask thread."""
+        """Compute the masks of `constraints`, all of which are this service's, in the mask threads."""
         own = cast("Sequence[tuple[GrammarConstraint, bool]]", constraints)
-
-        def compute() -> None:
-            for constraint, avoid_end in own:
-                constraint.compute(avoid_end)
-
-        computed = self._masks.submit(compute)
-        for constraint, _ in own:
-            constraint.await_mask(computed)
+        for first in range(min(self._num_threads, len(own))):
+            share = own[first :: self._num_threads]
+            computed = self._masks.submit(_compute, share)
+            for constraint, _ in share:
+                constraint.await_mask(computed)
 
     def _begin(self, grammar: str) -> Constraint:
         from gqa_serve.engine.grammar_compiler import GrammarCompiler, GrammarError
@@ -121,6 +123,11 @@ class GrammarService:
             return GrammarConstraint(self._compiler.compile(grammar), self._eos)
         except (GrammarError, ModelError) as error:
             raise ConstraintError(str(error)) from error
+
+
+def _compute(constraints: Sequence[tuple[GrammarConstraint, bool]]) -> None:
+    for constraint, avoid_end in constraints:
+        constraint.compute(avoid_end)
 
 
 def _failure(matcher: LLMatcher) -> str:
