@@ -27,11 +27,17 @@ class JsonValue:
     """The extent of one JSON value: follows strings and brackets, and checks little else."""
 
     def __init__(self) -> None:
-        self.text = ""
         self.done = False
+        self.has_begun = False
         self.in_string = False
         self._escaped = False
         self._depth = 0
+        self._pieces: list[str] = []
+
+    @property
+    def text(self) -> str:
+        """What was taken."""
+        return "".join(self._pieces)
 
     def takes(self, char: str) -> bool:
         """Whether `char` belongs to the value; if not, the value (a number or word) ended before it.
@@ -40,19 +46,20 @@ class JsonValue:
         """
         if self.in_string:
             self._string(char)
-        elif char == '"' and (self._depth or not self.text):
+        elif char == '"' and (self._depth or not self.has_begun):
             self.in_string = True
-        elif char in "{[" and (self._depth or not self.text):
+        elif char in "{[" and (self._depth or not self.has_begun):
             self._depth += 1
         elif char in "}]" and self._depth:
             self._depth -= 1
             self.done = self._depth == 0
-        elif not self._depth and self.text and char in ",}]" + BLANKS:
+        elif not self._depth and self.has_begun and char in ",}]" + BLANKS:
             self.done = True
             return False
         elif not (_INSIDE if self._depth else _SCALAR).issuperset(char):
             raise NotACallError
-        self.text += char
+        self.has_begun = True
+        self._pieces.append(char)
         return True
 
     def _string(self, char: str) -> None:
@@ -136,7 +143,7 @@ class CallObject:
         return ""
 
     def _in_value(self, char: str) -> str:
-        if not self._value.text:
+        if not self._value.has_begun:
             if char in BLANKS:
                 return ""
             first = self._key in _ARGUMENTS and self._arguments is None and not self.begun

@@ -8,6 +8,7 @@ parser is fed ends up in exactly one part or is syntax that the parts stand for.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Literal, Protocol
 
 from gqa_serve.api.protocol import ApiFinishReason
@@ -81,14 +82,11 @@ def finish_reason(
 def merge_parts(parts: list[Part]) -> list[Part]:
     """Neighbouring parts of the same kind (and call) as one."""
     merged: list[Part] = []
-    for part in parts:
-        last = merged[-1] if merged else None
-        if isinstance(part, TextPart) and isinstance(last, TextPart):
-            merged[-1] = TextPart(last.text + part.text)
-        elif isinstance(part, ReasoningPart) and isinstance(last, ReasoningPart):
-            merged[-1] = ReasoningPart(last.text + part.text)
-        elif isinstance(part, ArgumentsPart) and isinstance(last, ArgumentsPart) and part.index == last.index:
-            merged[-1] = ArgumentsPart(part.index, last.text + part.text)
+    for _, group in itertools.groupby(parts, key=lambda part: (type(part), getattr(part, "index", None))):
+        first, *more = group
+        if isinstance(first, ToolCallPart):
+            merged += [first, *more]
         else:
-            merged.append(part)
+            text = "".join(part.text for part in more if not isinstance(part, ToolCallPart))
+            merged.append(dataclasses.replace(first, text=first.text + text))
     return merged

@@ -76,8 +76,12 @@ class ToolParser:
         start, self._position = self._position, self._position + 1 if end is None else end
         return self._input[start : self._position]
 
+    def _untake(self, chars: str) -> None:
+        """`chars`, which were just taken, are to be read again."""
+        self._position -= len(chars)
+
     def _requeue(self, text: str, *, at_end: bool = False) -> None:
-        """`text` is to be read (again)."""
+        """`text` is to be read (again). Copies what is unread, so it is for rare cases."""
         rest = self._input[self._position :]
         self._input, self._position = rest + text if at_end else text + rest, 0
 
@@ -102,7 +106,7 @@ class ToolParser:
             # Of a trigger only the first character can begin another one.
             held, self._hold = self._hold, ""
             self._say(held)
-            self._requeue(chars)
+            self._untake(chars)
         else:
             self._say(chars)
 
@@ -121,13 +125,8 @@ class ToolParser:
         try:
             text = call.push(chars)
         except NotACallError:
-            self._hold += chars
-            if call.begun:
-                rest, self._hold = chars, ""
-                self._requeue(rest)
-                self._end_call()
-            else:
-                self._give_up()
+            self._untake(chars)
+            (self._end_call if call.begun else self._give_up)()
             return
         if not call.begun:
             self._hold += chars
@@ -204,7 +203,7 @@ class Llama3Parser(ToolParser):
         self._hold += self._take()
         marker = self._hold.lstrip(separators)
         if marker == "{":
-            self._requeue("{")
+            self._untake("{")
             self._hold = self._hold[:-1]
             self._begin_object(self._names, needs_arguments=True)
             self._head = len(self._hold) + 1
@@ -257,13 +256,13 @@ class MistralParser(ToolParser):
             self._hold += char
             self._step = self._in_list
         elif not head and char == "{":
-            self._requeue(char)
+            self._untake(char)
             self._begin_in(is_listed=False)
         elif char == "{" and (match := _MISTRAL_HEAD.fullmatch(self._name)):
             self._hold = ""
             self._announce(match[1])
             self._arguments = JsonValue()
-            self._requeue(char)
+            self._untake(char)
             self._step = self._in_arguments
         else:
             self._name += char
@@ -280,7 +279,7 @@ class MistralParser(ToolParser):
     def _in_list(self) -> None:
         char = self._take()
         if char == "{":
-            self._requeue(char)
+            self._untake(char)
             self._begin_in(is_listed=True)
         elif char == "]" and not self._hold:
             self._step = self._text
@@ -291,7 +290,7 @@ class MistralParser(ToolParser):
             self._give_up()
         else:
             self._step = self._text
-            self._requeue(char)
+            self._untake(char)
 
     def _end_call(self) -> None:
         self._step = self._in_list if self._call.done and self._is_listed else self._text
@@ -302,7 +301,7 @@ class MistralParser(ToolParser):
             self._arguments.takes(chars)
         except NotACallError:
             self._step = self._text
-            self._requeue(chars)
+            self._untake(chars)
             return
         self._parts.append(ArgumentsPart(self._num_calls - 1, chars))
         if self._arguments.done:
