@@ -17,8 +17,9 @@ import msgspec
 from gqa_serve.api.chat_request import ChatJob
 from gqa_serve.api.errors import ErrorBody, error_json
 from gqa_serve.api.logprobs import chat_logprobs
-from gqa_serve.api.message_parts import TextPart, merge_parts
-from gqa_serve.api.protocol import ChatTokenLogprob, Usage
+from gqa_serve.api.message_parts import TextPart, ToolCallPart, merge_parts
+from gqa_serve.api.part_logprobs import PartLogprobs
+from gqa_serve.api.protocol import Usage
 from gqa_serve.api.reasoning import thinking_tokens
 from gqa_serve.api.response_store import ResponseStore, StoredResponse
 from gqa_serve.api.responses_output import Event, Output
@@ -60,7 +61,7 @@ class ResponseReply:
         self._response = response
         self._keeping = keeping
         self._output = Output()
-        self._pending: list[ChatTokenLogprob] = []  # of tokens whose text is still held back
+        self._logprobs = PartLogprobs()
         self._finish_reason: str | None = None
         self._sequence_number = 0
 
@@ -107,17 +108,10 @@ class ResponseReply:
         self._finish_reason = event.finish_reason or self._finish_reason
         if event.logprobs and self._num_logprobs is not None:
             entries = chat_logprobs(event.logprobs, self._num_logprobs, self._tokenizer)
-            self._pending += entries.content
-        parts = merge_parts(self._parser.feed(event.text, final=event.finish_reason is not None))
-        for part in parts:
-            logprobs: list[ChatTokenLogprob] = []
-            if isinstance(part, TextPart):
-                logprobs, self._pending = self._pending, []
-            yield from self._output.add(part, logprobs)
-        if parts and not isinstance(parts[-1], TextPart):
-            self._pending = []  # of tokens that were no text
-        elif event.finish_reason is not None and self._pending:  # of the token that ended it
-            yield from self._output.add(TextPart(""), self._pending)
+            self._logprobs.add(entries.content)
+        for part in merge_parts(self._parser.feed(event.text, final=event.finish_reason is not None)):
+            taken = [] if isinstance(part, ToolCallPart) else self._logprobs.take(part.text)
+            yield from self._output.add(part, taken if isinstance(part, TextPart) else [])
 
     def _last_status(self) -> Any:
         return "incomplete" if self._finish_reason == "length" else "completed"

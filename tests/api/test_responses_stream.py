@@ -265,3 +265,26 @@ def test_a_stop_string_ends_the_message(client: openai.OpenAI, engine: FakeEngin
     (item,) = rebuilt(events)
     assert item["content"][0]["text"] == "Hello "
     assert events[-1]["type"] == "response.completed"
+
+
+def test_logprobs_are_those_of_the_text_alone(client: openai.OpenAI, engine: FakeEngine) -> None:
+    text = think("Hmm, let me see.") + "Grün." + call("weather", "{}") + "Done"
+    engine.script = lambda request: Script(list(text))
+    options: dict[str, Any] = {"input": "Hi", "tools": [TOOL], "include": ["message.output_text.logprobs"]}
+    streamed = rebuilt(events_of(client, **options))
+    whole = json.loads(client.responses.create(model=MODEL, **options).to_json(exclude_unset=False))["output"]
+    for items in (streamed, whole):
+        parts = [item["content"][0] for item in items if item["type"] == "message"]
+        assert [part["text"] for part in parts] == ["Grün.", "Done"]
+        for part in parts:
+            assert (
+                bytes(byte for entry in part["logprobs"] for byte in entry["bytes"]).decode() == part["text"]
+            )
+
+
+def test_logprobs_of_bytes_that_are_no_text(client: openai.OpenAI, engine: FakeEngine) -> None:
+    engine.script = lambda request: Script(["a", b"\xff", "b"])
+    (item,) = rebuilt(events_of(client, input="Hi", include=["message.output_text.logprobs"]))
+    (part,) = item["content"]
+    assert part["text"] == "a\ufffdb"
+    assert [entry["bytes"] for entry in part["logprobs"]] == [[97], [255], [98]]
