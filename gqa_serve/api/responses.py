@@ -20,7 +20,7 @@ from gqa_serve.api.errors import shorten
 from gqa_serve.api.json_guard import read_request
 from gqa_serve.api.protocol import ChatRequest
 from gqa_serve.api.response_store import ResponseStore, StoredResponse
-from gqa_serve.api.responses_input import Conversation, read_input, turn_starts, without_oldest
+from gqa_serve.api.responses_input import Conversation, is_reference, read_input, turn_starts, without_oldest
 from gqa_serve.api.responses_protocol import (
     DeletedResponse,
     FunctionTool,
@@ -67,7 +67,8 @@ class Responses:
         previous = self._previous(fields)
         own_bytes = sum(memoryview(raw[name]).nbytes for name in ("input", "tools") if name in raw)
         size = own_bytes + (0 if previous is None else previous.chain_bytes())
-        items, own = await off_loop(size, lambda: self._items(fields, previous))
+        known = self._referenced(fields)
+        items, own = await off_loop(size, lambda: self._items(fields, previous, known))
         tools = self._tools.usable(fields)
         chat, chat_fields = await self._prepare(fields, items, tools, size)
         job = dataclasses.replace(chat.job, id=new_id("resp_"))
@@ -135,14 +136,19 @@ class Responses:
         id = fields.previous_response_id
         return None if id is None else self._store.get(id, param="previous_response_id")
 
+    def _referenced(self, fields: ResponsesRequest) -> dict[str, Item]:
+        """What the request's items may refer to; looked up here, on the event loop, where the store changes."""
+        value = fields.input
+        if value is None or isinstance(value, str) or not any(map(is_reference, value)):
+            return {}
+        return self._store.items()
+
     def _items(
-        self, fields: ResponsesRequest, previous: StoredResponse | None
+        self, fields: ResponsesRequest, previous: StoredResponse | None, known: dict[str, Item]
     ) -> tuple[PathItems, list[Item]]:
         """The whole conversation with the paths of its items, and the request's own part of it."""
-        known: dict[str, Item] = {}
 
         def resolve(id: str, param: str) -> Item:
-            known.update({} if known else self._store.items())
             if id not in known:
                 raise self._store.missing_item(id, param)
             return known[id]

@@ -44,8 +44,15 @@ def read_input(value: str | Sequence[InputItem] | None, resolve: Resolve) -> lis
     return [_read_item(item, f"input[{number}]", resolve) for number, item in enumerate(value)]
 
 
+def is_reference(item: InputItem) -> bool:
+    """Whether it stands for an item of an earlier response; `type` may be left out."""
+    if item.type is None:
+        return item.role is None and item.id is not None
+    return item.type == "item_reference"
+
+
 def _read_item(item: InputItem, where: str, resolve: Resolve) -> Item:
-    match item.type or ("item_reference" if item.role is None and item.id is not None else "message"):
+    match "item_reference" if is_reference(item) else item.type or "message":
         case "message":
             return _read_message(item, where)
         case "function_call":
@@ -62,7 +69,9 @@ def _read_item(item: InputItem, where: str, resolve: Resolve) -> Item:
                 output=_read_output(item, where),
             )
         case "reasoning":
-            content = [] if isinstance(item.content, str) else item.content or []
+            content = item.content or []
+            if isinstance(content, str):
+                content = [InputPart("reasoning_text", content)]
             return ReasoningItem(
                 id=item.id or new_id("rs_"),
                 summary=[SummaryText(text) for text in _texts(item.summary or [], f"{where}.summary")],

@@ -150,7 +150,13 @@ def test_items_of_every_kind_become_a_conversation(client: openai.OpenAI, engine
                 "status": "completed",
                 "content": [{"type": "output_text", "text": "Ho", "annotations": []}],
             },
-            {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": "opaque"},
+            {
+                "type": "reasoning",
+                "id": "rs_1",
+                "summary": [],
+                "encrypted_content": "opaque",
+                "content": None,
+            },
             {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]},  # type: ignore[list-item]
             {"type": "message", "role": "user", "content": "Why?"},
         ],
