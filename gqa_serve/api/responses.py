@@ -137,7 +137,7 @@ class Responses:
         return None if id is None else self._store.get(id, param="previous_response_id")
 
     def _referenced(self, fields: ResponsesRequest) -> dict[str, Item]:
-        """What the request's items may refer to; looked up here, on the event loop, where the store changes."""
+        """What the request's items may refer to; to be called on the event loop, where the store changes."""
         value = fields.input
         if value is None or isinstance(value, str) or not any(map(is_reference, value)):
             return {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import openai
 import pydantic
@@ -346,6 +347,20 @@ def test_truncation_drops_the_oldest_turns(client: openai.OpenAI, engine: FakeEn
     # One turn that does not fit alone cannot be helped.
     with pytest.raises(openai.BadRequestError):
         client.responses.create(model=MODEL, input="x" * 600, truncation="auto")
+
+
+def test_a_long_conversation_with_references(client: openai.OpenAI, engine: FakeEngine) -> None:
+    first = client.responses.create(model=MODEL, input="A")
+    turns: list[Any] = []
+    for number in range(300):
+        turns += [{"role": "user", "content": f"{number} " + "x" * 80}, {"role": "assistant", "content": "B"}]
+    turns += [{"role": "user", "content": "C"}, {"type": "item_reference", "id": first.output[0].id}]
+    turns.append({"role": "user", "content": "D"})
+    client.responses.create(model=MODEL, input=turns, truncation="auto")
+    assert prompt_text(engine.requests[1]).endswith(
+        "<|im_start|>user\nC<|im_end|>\n<|im_start|>assistant\nHello world<|im_end|>\n"
+        "<|im_start|>user\nD<|im_end|>\n<|im_start|>assistant\n"
+    )
 
 
 # --- structured output -------------------------------------------------------------------------------------
