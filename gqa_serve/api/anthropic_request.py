@@ -109,13 +109,6 @@ def _check_sampling(fields: MessagesRequest) -> None:
         raise RequestError("max_tokens must be at least 1.", param="max_tokens")
     if fields.temperature is not None and not 0 <= fields.temperature <= 1:
         raise RequestError("temperature must be between 0 and 1.", param="temperature")
-    thinking = fields.thinking
-    budget = None if thinking is None else thinking.budget_tokens
-    if budget is not None and not MIN_THINKING_BUDGET <= budget < fields.max_tokens:
-        raise RequestError(
-            f"thinking.budget_tokens must be at least {MIN_THINKING_BUDGET} and less than max_tokens.",
-            param="thinking.budget_tokens",
-        )
 
 
 def _choice(fields: CountRequest) -> dict[str, Any]:
@@ -176,6 +169,10 @@ def _template_kwargs(fields: CountRequest, template: ChatTemplate) -> dict[str, 
         )
     if thinking.type == "enabled" and thinking.budget_tokens is None:
         raise RequestError("Missing required field: thinking.budget_tokens.", param="thinking.budget_tokens")
+    if thinking.budget_tokens is not None and thinking.budget_tokens < MIN_THINKING_BUDGET:
+        raise RequestError(
+            f"thinking.budget_tokens must be at least {MIN_THINKING_BUDGET}.", param="thinking.budget_tokens"
+        )
     if thinking.display not in (None, "summarized", "omitted"):
         raise RequestError('thinking.display must be "summarized" or "omitted".', param="thinking.display")
     if thinking.type in ("adaptive", "between_tools"):
