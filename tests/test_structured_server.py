@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import openai
@@ -20,8 +21,9 @@ class Person(pydantic.BaseModel):
 
 
 @pytest.fixture
-def client(demo_server: RunningServer) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{demo_server.url}/v1", api_key="none", max_retries=0)
+def client(demo_server: RunningServer) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{demo_server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
 
 
 ASK: Any = [{"role": "user", "content": "Describe a person."}]

@@ -63,6 +63,7 @@ logger = logging.getLogger(__name__)
 
 _NOT_FINITE = "The hidden states of this request are not finite."
 _CONSTRAINT_PATIENCE_S = 0.02  # how long a step with nothing else to do waits for a constraint
+_FEW_REQUESTS = 8
 _NO_TOKEN = "The logits of this request are not finite, or its parameters leave no token to choose."
 
 
@@ -239,7 +240,7 @@ class Engine:
         """
         constraint = request.constraint
         assert constraint is not None
-        if request.takes_forced_tokens and not constraint.finished:
+        if self._takes_forced_tokens(request) and not constraint.finished:
             forced = []
             for token in constraint.forced():
                 if self._is_banned(request, token):
@@ -259,6 +260,15 @@ class Engine:
         avoid_end = params.ignore_eos or len(request.tokens) - request.num_prompt_tokens < params.min_tokens
         self._changed.append((constraint, avoid_end))
         return None
+
+    def _takes_forced_tokens(self, request: Request) -> bool:
+        """Whether to append tokens that must come next; which changes no token, only when it is computed.
+
+        With few requests a step's time is that of reading the weights, and a token more costs nothing. With
+        many a CPU computes all the time, and is slower over an odd number of rows.
+        """
+        few = self.runner.lookahead or len(self.scheduler.running) <= _FEW_REQUESTS
+        return request.takes_forced_tokens and (few or request.num_output_tokens == 0)
 
     def _prepare_masks(self) -> None:
         """Have the masks computed that changed, beside what the engine does next."""

@@ -188,3 +188,22 @@ def test_scoring_a_prompt_needs_no_grammar(lookahead: bool) -> None:
 def test_an_engine_without_grammars_says_so() -> None:
     with pytest.raises(RequestError, match="no grammars"):
         make_engine(False).add(request("a", PROMPT, grammar="toy:1:9"))
+
+
+@pytest.mark.parametrize(("others", "taken"), [(7, True), (8, False)])
+def test_a_busy_cpu_takes_no_forced_tokens_and_gives_the_same(others: int, taken: bool) -> None:
+    name = next(
+        f"toy:{s}:30"
+        for s in range(99)
+        if [len(allowed(f"toy:{s}:30", i)) > 1 for i in range(4)] == [True, False, False, True]
+    )
+    engine = make_engine(
+        False, num_blocks=200, constraints=ToyService(), max_num_seqs=16, max_num_batched_tokens=200
+    )
+    for number in range(others):
+        engine.add(request(f"free{number}", PROMPT, max_tokens=20))
+    engine.add(request("a", PROMPT, grammar=name, max_tokens=5))
+    outputs = run(engine)["a"]
+    assert (max(len(output.token_ids) for output in outputs) > 1) == taken
+    slow, _ = serve(False, forcing=False, grammar=name, max_tokens=5)
+    assert tokens_of(outputs) == tokens_of(slow)
