@@ -337,9 +337,8 @@ class GenerationResponse(EventSourceResponse):
             self._generation.abort()
             await abort_connection(scope, receive)
         finally:
-            end(
-                self._job, self._generation, self._request_id
-            )  # the iterator's own finally never runs if it was never started
+            # The iterator's own finally never runs if it was never started.
+            end(self._job, self._generation, self._request_id)
 
 
 async def sse_events(generation: Generation, reply: Reply) -> AsyncIterator[bytes]:

@@ -222,10 +222,13 @@ class Sampler:
             index = to_device(np.asarray([rows, columns]), logits.device)
             delta = to_device(np.asarray(values, np.float32), logits.device)
             logits.index_put_((index[0], index[1]), delta, accumulate=True)
-        for row in touched:
-            if (allowed := requests[row].params.allowed_token_ids) is not None:
-                kept = to_device(allowed, logits.device)
-                logits[row] = torch.full_like(logits[row], -torch.inf).index_copy_(0, kept, logits[row, kept])
+        allowed = [
+            (row, _bits(ids))
+            for row in touched
+            if (ids := requests[row].params.allowed_token_ids) is not None
+        ]
+        if allowed:
+            self._operations.mask(logits, *zip(*allowed, strict=True))
         return logits
 
     def _apply_penalties(
@@ -286,6 +289,13 @@ def _changes_logits(request: Request) -> bool:
     params = request.params
     bans = params.allowed_token_ids is not None or request.num_output_tokens < params.min_tokens
     return request.constraint is not None or bans or bool(params.logit_bias) or params.has_penalties
+
+
+def _bits(token_ids: Sequence[int]) -> bytes:
+    """The tokens as a mask of `RowOperations.mask`."""
+    bits = np.zeros(max(token_ids) + 1, np.uint8)
+    bits[token_ids] = 1
+    return np.packbits(bits, bitorder="little").tobytes()
 
 
 def _choose(tokens: torch.Tensor, rows: Sequence[int], choices: torch.Tensor) -> torch.Tensor:
