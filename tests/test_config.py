@@ -56,11 +56,11 @@ def test_every_field_is_a_flag_a_variable_and_a_line(tmp_path: Path) -> None:
         "attention_backend": "flashinfer", "gpu_memory_utilization": "0.5",
         "max_num_batched_tokens": "99", "max_waiting": "5", "kv_cache_memory": "1MiB",
         "prefix_caching": "false", "host": "h", "port": "9", "served_model_name": "n",
-        "chat_template": "t", "api_key": "k", "api_key_file": "f", "cors_origins": "http://o",
-        "root_path": "/r", "max_body_bytes": "2MiB", "drain_timeout": "1.5", "log_level": "debug",
-        "max_stored_responses": "7",
+        "chat_template": "t", "tool_call_parser": "hermes", "reasoning_parser": "think",
+        "max_body_bytes": "2MiB", "drain_timeout": "1.5", "log_level": "debug",
         "pooling": "mean",
-        "tool_call_parser": "hermes", "reasoning_parser": "think",
+        "api_key": "k", "api_key_file": "f", "cors_origins": "http://o",
+        "root_path": "/r", "max_stored_responses": "7",
     }  # fmt: skip
     by_env = load(environ={f"GQA_SERVE_{name.upper()}": value for name, value in values.items()})
     file = tmp_path / "settings.yaml"

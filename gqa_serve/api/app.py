@@ -23,6 +23,7 @@ from gqa_serve.api.responses import Responses
 from gqa_serve.api.serving import ServingConfig, ServingContext, ServingEngine
 from gqa_serve.api.system import System
 from gqa_serve.api.tokenize import Tokenize
+from gqa_serve.engine.chat_prompt import end_of_turn
 from gqa_serve.engine.chat_template import ChatTemplate
 from gqa_serve.engine.tokenizer import Tokenizer
 
@@ -46,7 +47,15 @@ def create_app(
         tool_call_parser=config.tool_call_parser,
         reasoning_parser=config.reasoning_parser,
     )
-    context = ServingContext(engine, tokenizer, chat_template, config, chat_format=chat_format)
+    end_id = end_of_turn(tokenizer, chat_template)
+    context = ServingContext(
+        engine,
+        tokenizer,
+        chat_template,
+        config,
+        chat_format=chat_format,
+        end_of_turn_ids=() if end_id is None else (end_id,),
+    )
     app = Starlette(routes=routes(context), exception_handlers=EXCEPTION_HANDLERS, lifespan=lifespan)
     app.router.redirect_slashes = False  # a redirect would answer a typing error with an HTML-less 307
     # Around the application, not inside it: starlette's own answer to a bug comes from its outermost layer.

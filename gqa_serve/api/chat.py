@@ -76,7 +76,8 @@ class ChatReply(ChunkReply):
     def _logprobs(self, entries: list[TokenLogprobs] | None) -> ChatLogprobs | None:
         if self._chat.num_logprobs is None:
             return None
-        return chat_logprobs(entries or [], self._chat.num_logprobs, self._tokenizer)
+        as_ids = bool(self.job.fields.return_tokens_as_token_ids)
+        return chat_logprobs(entries or [], self._chat.num_logprobs, self._tokenizer, as_ids=as_ids)
 
     def _chunk(self, choices: list[ChatChunkChoice]) -> ChatChunk:
         job = self.job
@@ -112,7 +113,9 @@ class ChatReply(ChunkReply):
         if choices and shows_ids:
             choices[0].token_ids = event.token_ids
         if event.finish_reason is not None:
-            choices.append(ChatChunkChoice(event.index, Delta(), finish_reason=self._finish(event)))
+            end = ChatChunkChoice(event.index, Delta(), finish_reason=self._finish(event))
+            end.stop_reason = event.stop_reason
+            choices.append(end)
         return [self._chunk([choice]) for choice in choices]
 
     def _parts(self, event: TextEvent) -> list[Part]:
@@ -151,7 +154,11 @@ class ChatReply(ChunkReply):
             completion.prompt_token_ids = list(prompt)
         if chat.num_prompt_logprobs is not None and scores is not None:
             completion.prompt_logprobs = prompt_logprobs(
-                prompt, scores, chat.num_prompt_logprobs, self._tokenizer
+                prompt,
+                scores,
+                chat.num_prompt_logprobs,
+                self._tokenizer,
+                as_ids=bool(job.fields.return_tokens_as_token_ids),
             )
         return completion
 
@@ -163,6 +170,7 @@ class ChatReply(ChunkReply):
         if self._chat.tools and not message.content:
             message.content = None
         choice = ChatChoice(event.index, message, self._logprobs(event.logprobs), self._finish(event))
+        choice.stop_reason = event.stop_reason
         if self._chat.shows_ids:
             choice.token_ids = event.token_ids
         return choice

@@ -76,16 +76,8 @@ async def prepare_chat(
     """
     model = context.check_model(fields.model)
     n = choice_count(fields)
-    # Many small messages must count as well as a few large ones.
-    size += MESSAGE_COST_CHARS * (len(fields.messages) + len(fields.tools or []))
-    messages = await off_loop(size, lambda: checked_messages(fields.messages))
-    plan = read_tools(fields)
-    if plan is not None and context.chat_format.syntax is None:
-        raise RequestError(
-            "This server was started with --tool-call-parser none, so it makes no tool calls; "
-            'leave tools out or send tool_choice "none".',
-            param="tools",
-        )
+    conversation = await _read(context, fields, size)
+    messages, plan = conversation.messages, conversation.plan
     echo = _echo(fields, messages)
     num_logprobs = _num_logprobs(fields)
     for limit in ("max_tokens", "max_completion_tokens"):
@@ -103,7 +95,7 @@ async def prepare_chat(
         vocab_size=info.vocab_size,
         grammar=text_grammar,
     )
-    prompt = await _encode(context, fields, messages, plan, size, info.max_model_len)
+    prompt = await _encode(context, fields, conversation, info.max_model_len)
     thinking = find_thinking(context, messages, prompt, bool(fields.continue_final_message))
     grammar = await answer_grammar(context, plan, thinking, text_grammar)
     # Stop strings end texts; a call that must come is none.
@@ -119,6 +111,7 @@ async def prepare_chat(
         params=[params.fit(len(prompt), info.max_model_len, param="messages")],
         n=n,
         shown_ids=_shown_ids(context, plan, thinking),
+        end_ids=tuple(id for id in context.end_of_turn_ids if id < info.vocab_size),
         new_counter=thinking and thinking.new_counter,
     )
     return ChatJob(
@@ -130,6 +123,36 @@ async def prepare_chat(
         num_prompt_logprobs=fields.prompt_logprobs,
         shows_ids=bool(fields.return_token_ids),
     )
+
+
+async def encode_request(
+    context: ServingContext, fields: ChatRequest, size: int, max_model_len: int
+) -> list[int]:
+    """The prompt of a chat request as token ids, for who only counts them. Raises RequestError."""
+    return await _encode(context, fields, await _read(context, fields, size), max_model_len)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Conversation:
+    """Messages and tools of a request, checked; `size` says what it costs to work on them, in characters."""
+
+    messages: list[dict[str, Any]]
+    plan: ToolPlan | None
+    size: int
+
+
+async def _read(context: ServingContext, fields: ChatRequest, size: int) -> _Conversation:
+    # Many small messages must count as well as a few large ones.
+    size += MESSAGE_COST_CHARS * (len(fields.messages) + len(fields.tools or []))
+    messages = await off_loop(size, lambda: checked_messages(fields.messages))
+    plan = read_tools(fields)
+    if plan is not None and context.chat_format.syntax is None:
+        raise RequestError(
+            "This server was started with --tool-call-parser none, so it makes no tool calls; "
+            'leave tools out or send tool_choice "none".',
+            param="tools",
+        )
+    return _Conversation(messages, plan, size)
 
 
 def _echo(fields: ChatRequest, messages: list[dict[str, Any]]) -> str:
@@ -171,14 +194,10 @@ def _parsers(
 
 
 async def _encode(
-    context: ServingContext,
-    fields: ChatRequest,
-    messages: list[dict[str, Any]],
-    plan: ToolPlan | None,
-    size: int,
-    max_model_len: int,
+    context: ServingContext, fields: ChatRequest, conversation: _Conversation, max_model_len: int
 ) -> list[int]:
     """The rendered conversation as token ids; control tokens in it are the template's."""
+    messages, plan, size = conversation.messages, conversation.plan, conversation.size
     options = template_options(fields, context.chat_template)
     final = bool(fields.continue_final_message)
     if final and messages[-1]["role"] != "assistant":

@@ -65,7 +65,6 @@ _REFUSED_CHAT = {
     "best_of": (1,),
     "suffix": ("",),
     "truncate_prompt_tokens": (),
-    "return_tokens_as_token_ids": (False,),
 }
 _REFUSED_EMBEDDING: dict[str, tuple[Any, ...]] = {
     "messages": (),
@@ -83,7 +82,9 @@ _CHAT_DEFAULTS: dict[str, tuple[Any, ...]] = {
     "skip_special_tokens": (True,),
     "top_logprobs": (0,),
     **dict.fromkeys(("add_special_tokens", "continue_final_message", "echo", "logprobs"), (False,)),
-    **dict.fromkeys(("include_stop_str_in_output", "return_token_ids"), (False,)),
+    **dict.fromkeys(
+        ("include_stop_str_in_output", "return_token_ids", "return_tokens_as_token_ids"), (False,)
+    ),
     "spaces_between_special_tokens": (False,),
 }
 

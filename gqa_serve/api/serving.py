@@ -102,6 +102,7 @@ class ServingContext:
     config: ServingConfig
     started: int = dataclasses.field(default_factory=lambda: int(time.time()))
     chat_format: ChatFormat = TEXT_ONLY
+    end_of_turn_ids: tuple[int, ...] = ()  # the control token that the chat template writes after an answer
 
     @property
     def model_names(self) -> Sequence[str]:
@@ -162,6 +163,7 @@ class Job:
     n: int
     pooling: Pooling | None = None
     shown_ids: frozenset[int] = frozenset()  # control tokens that are shown, for a parser to see
+    end_ids: tuple[int, ...] = ()  # end an answer as the model's own end-of-sequence tokens do
     new_counter: Callable[[], ThinkingCounter] | None = None  # None: nothing tells thinking from answers
 
     @classmethod
@@ -184,6 +186,7 @@ class Job:
                 group=f"{self.id}-{number}" if self.n > 1 else None,
                 cache_salt=self.fields.cache_salt,
                 pooling=self.pooling,
+                end_token_ids=self.end_ids,
             )
             for number, (prompt, params) in enumerate(zip(self.prompts, silent, strict=True))
             for choice in range(self.n)

@@ -6,14 +6,11 @@ Asks the engine for nothing but the loaded model's sizes: it answers however bus
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
-
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from gqa_serve.api.chat_request import prepare_chat
+from gqa_serve.api.chat_request import encode_request
 from gqa_serve.api.json_guard import RawFields, read_request
 from gqa_serve.api.params import FieldRules, choice_count
 from gqa_serve.api.prompts import check_ids
@@ -25,24 +22,11 @@ from gqa_serve.api.protocol import (
     TokenizerInfo,
 )
 from gqa_serve.api.serving import ServingContext, off_loop
-from gqa_serve.engine.request import EngineRequest, ModelInfo
+from gqa_serve.engine.request import ModelInfo
 from gqa_serve.errors import RequestError
 
 # How many times the context a conversation may be long and still be counted.
 _COUNTED_CONTEXTS = 16
-
-
-@dataclasses.dataclass(frozen=True)
-class _OnlySizes:
-    """Stands for the engine where only the model's sizes are needed."""
-
-    model_info: ModelInfo
-    state: str = "ready"
-    num_requests: int = 0
-
-    def submit(self, request: EngineRequest) -> Any:
-        """Nothing is computed here."""
-        raise NotImplementedError
 
 
 class Tokenize:
@@ -90,9 +74,7 @@ class Tokenize:
         """As chat encodes it, also where it is too long for the model: that is what counting is for."""
         size = memoryview(raw["messages"]).nbytes
         self._context.tokenizer.check_length(size, info.max_model_len, param="messages")
-        longer = msgspec.structs.replace(info, max_model_len=info.max_model_len * _COUNTED_CONTEXTS)
-        chat = await prepare_chat(dataclasses.replace(self._context, engine=_OnlySizes(longer)), fields, size)
-        return list(chat.job.prompts[0])
+        return await encode_request(self._context, fields, size, info.max_model_len * _COUNTED_CONTEXTS)
 
     async def detokenize(self, request: Request) -> Response:
         """The text of token ids, special tokens shown. Raises RequestError."""

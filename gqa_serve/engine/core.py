@@ -208,6 +208,8 @@ class Engine:
             raise RequestError("A request for pooling generates nothing: max_tokens must be 0.")
         if not all(0 <= token < self.info.vocab_size for token in spec.prompt):
             raise RequestError("The prompt holds a token id outside the vocabulary.", param="prompt")
+        if not all(0 <= token < self.info.vocab_size for token in spec.end_token_ids):
+            raise RequestError("end_token_ids holds a token id outside the vocabulary.")
         scoring_only = spec.params.max_tokens == 0
         if len(spec.prompt) + (not scoring_only) > self.info.max_model_len:
             raise ContextLengthError(len(spec.prompt), self.info.max_model_len, param="prompt")
@@ -412,7 +414,8 @@ class Engine:
 
     def _is_stop(self, request: Request, token: int) -> bool:
         params = request.params
-        return token in params.stop_token_ids or (token in self._eos and not params.ignore_eos)
+        ends = token in self._eos or token in request.spec.end_token_ids
+        return token in params.stop_token_ids or (ends and not params.ignore_eos)
 
     def _is_banned(self, request: Request, token: int) -> bool:
         """Whether min_tokens keeps `token` from being the next."""

@@ -207,6 +207,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     `prompt` is token ids, used as they are. `max_tokens` in `params` has been resolved by the caller to a
     number that fits the context. Requests of a `group` have the same prompt and share its KV blocks even
     where prefix caching is off. Lower `priority` runs first. `cache_salt` separates prefix caches.
+    `end_token_ids` end the sequence as the model's own end-of-sequence tokens do.
 
     With `pooling` nothing is generated (`max_tokens` is 0): the answer is the hidden state, after the final
     norm, of the prompt's last token, or the mean over all its tokens.
@@ -218,6 +219,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     priority: int = 0
     group: str | None = None
     cache_salt: str | None = None
+    end_token_ids: tuple[int, ...] = ()
     pooling: Pooling | None = None
 
 

@@ -205,7 +205,7 @@ class Sampler:
     def _adjust(
         self, logits: torch.Tensor, requests: Sequence[Request], touched: Sequence[int]
     ) -> torch.Tensor:
-        """The logits with penalties, bias, min_tokens and allowed tokens in the rows `touched`, in place."""
+        """The logits with penalties, bias, min_tokens, allowed tokens applied to rows `touched`, in place."""
         penalised = [row for row in touched if requests[row].params.has_penalties]
         if penalised:
             self._apply_penalties(logits, penalised, [requests[row] for row in penalised])
@@ -216,19 +216,16 @@ class Sampler:
             if requests[row].num_output_tokens < params.min_tokens:
                 # A constraint's own mask says when the sequence may end.
                 ends = self._eos if requests[row].constraint is None else ()
-                added += [(row, token, -torch.inf) for token in {*ends, *params.stop_token_ids}]
+                banned = {*ends, *requests[row].spec.end_token_ids, *params.stop_token_ids}
+                added += [(row, token, -torch.inf) for token in banned]
         if added:
             rows, columns, values = zip(*added, strict=True)
             index = to_device(np.asarray([rows, columns]), logits.device)
             delta = to_device(np.asarray(values, np.float32), logits.device)
             logits.index_put_((index[0], index[1]), delta, accumulate=True)
-        allowed = [
-            (row, _bits(ids))
-            for row in touched
-            if (ids := requests[row].params.allowed_token_ids) is not None
-        ]
+        allowed = {r: ids for r in touched if (ids := requests[r].params.allowed_token_ids) is not None}
         if allowed:
-            self._operations.mask(logits, *zip(*allowed, strict=True))
+            self._operations.mask(logits, list(allowed), [_bits(ids) for ids in allowed.values()])
         return logits
 
     def _apply_penalties(

@@ -254,8 +254,8 @@ def serving(
     engine: FakeEngine,
     *,
     template: str = TEMPLATE,
-    tokenizer: Tokenizer | None = None,
     specials: tuple[str, ...] = (),
+    tokenizer: Tokenizer | None = None,
     **settings: object,
 ) -> Iterator[Server]:
     """Run the real application in uvicorn in a thread, on a free port."""

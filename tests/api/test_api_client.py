@@ -511,3 +511,20 @@ def test_cached_tokens_counts_each_prompt_once(client: openai.OpenAI, engine: Fa
     assert answer.usage is not None
     assert answer.usage.prompt_tokens_details is not None
     assert answer.usage.prompt_tokens_details.cached_tokens == 32
+
+
+def test_a_chat_ends_where_the_template_ends_an_answer(client: openai.OpenAI, engine: FakeEngine) -> None:
+    client.chat.completions.create(model=MODEL, messages=USER, stop=["x"])
+    client.completions.create(model=MODEL, prompt="Hi")
+    chat, completion = engine.requests
+    assert chat.end_token_ids == (IM_END,)
+    assert chat.params.stop_token_ids == []  # which would be told as the request's own
+    assert completion.end_token_ids == ()
+
+
+def test_stop_reason_of_chats(client: openai.OpenAI, engine: FakeEngine) -> None:
+    answer = client.chat.completions.create(model=MODEL, messages=USER, stop=["wor"])
+    assert answer.choices[0].model_extra == {"stop_reason": "wor"}
+    chunks = list(client.chat.completions.create(model=MODEL, messages=USER, stop=["wor"], stream=True))
+    reasons = [chunk.choices[0].model_extra.get("stop_reason", "none") for chunk in chunks]
+    assert reasons == ["none"] * (len(chunks) - 1) + ["wor"]

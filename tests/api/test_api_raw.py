@@ -101,7 +101,7 @@ def test_chat_stream_bytes(server: Server, engine: FakeEngine) -> None:
     expected = [
         head + one % (b'{"role":"assistant","content":""}', b"null"),
         head + one % ('{"content":"Hé"}'.encode(), b"null"),
-        head + one % (b"{}", b'"stop"'),
+        head + one % (b"{}", b'"stop","stop_reason":null'),
         head + b'],"usage":{"prompt_tokens":21,"completion_tokens":4,"total_tokens":25,'
         b'"prompt_tokens_details":{"cached_tokens":0}}}\n\n',
         b"data: [DONE]\n\n",
@@ -659,12 +659,12 @@ def test_a_long_prompt_does_not_hold_up_others(path: str, monkeypatch: pytest.Mo
         assert answered.wait(20)
         return encode(self, text, **options)
 
-    monkeypatch.setattr(Tokenizer, "encode", slow_encode)
     text = "x" * 20_000
     body = {"model": MODEL, "prompt": text, "messages": [{"role": "user", "content": text}]}
     del body["messages" if path == TEXT else "prompt"]
     with serving(FakeEngine()) as server, server.connect() as connection:
         server.engine.model_info = fake_info(max_model_len=4096)
+        monkeypatch.setattr(Tokenizer, "encode", slow_encode)
         connection.sendall(post(path, json.dumps(body).encode()))
         try:
             assert send(server, get("/health")).status == 200
