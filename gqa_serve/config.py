@@ -140,24 +140,6 @@ class ServerConfig:
         "Jinja file or text, or chatml, llama3, gemma, mistral, phi3; default: the checkpoint's",
         "server",
     )
-    tool_call_parser: str = setting(
-        "auto",
-        "how the model spells tool calls; auto: as its chat template does; none: refuse tools",
-        "server",
-        choices=("auto", "hermes", "llama3", "mistral", "none"),
-    )
-    reasoning_parser: str = setting(
-        "auto",
-        "think: tell <think>...</think> apart from answers; auto: where the chat template has it",
-        "server",
-        choices=("auto", "think", "none"),
-    )
-    pooling: str = setting(
-        "last",
-        "/v1/embeddings: the hidden state of the last token, or the mean of all, where a request is silent",
-        "server",
-        choices=("last", "mean"),
-    )
     api_key: tuple[str, ...] = setting(
         (),
         "key(s) that clients must send; better in GQA_SERVE_API_KEY or --api-key-file: `ps` shows flags",
@@ -176,6 +158,24 @@ class ServerConfig:
     )
     root_path: str = setting(
         "", "path prefix under which a proxy shows this server, e.g. /llm", "server", metavar="PATH"
+    )
+    pooling: str = setting(
+        "last",
+        "/v1/embeddings: the hidden state of the last token, or the mean of all, where a request is silent",
+        "server",
+        choices=("last", "mean"),
+    )
+    tool_call_parser: str = setting(
+        "auto",
+        "how the model spells tool calls; auto: as its chat template does; none: refuse tools",
+        "server",
+        choices=("auto", "hermes", "llama3", "mistral", "none"),
+    )
+    reasoning_parser: str = setting(
+        "auto",
+        "think: tell <think>...</think> apart from answers; auto: where the chat template has it",
+        "server",
+        choices=("auto", "think", "none"),
     )
     max_body_bytes: int = setting(
         16 * 2**20, "largest request body, e.g. 16MiB", "server", parse=parse_size, metavar="SIZE", low=1024

@@ -63,12 +63,12 @@ def create_app(
 
 
 def routes(context: ServingContext) -> list[Route]:
-    """Every route; `openapi.py` describes the same ones."""
+    """Every route; `operations.py` describes the same ones."""
     system = System(context)
+    docs = Docs(context)
     responses = Responses(context)
     messages = AnthropicMessages(context)
     tokenize = Tokenize(context)
-    docs = Docs(context)
     return [
         Route("/v1/chat/completions", ChatCompletions(context).post, methods=["POST"]),
         Route("/v1/completions", Completions(context).post, methods=["POST"]),

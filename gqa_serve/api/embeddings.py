@@ -56,8 +56,8 @@ class Embeddings:
         info = context.ready_info()
         _check_dimensions(fields, info)
         job = await self._job(fields, info, model)
-        generation = submit(context, job, StopStrings([]))
         request_id = client_request_id(request.scope) or job.id
+        generation = submit(context, job, StopStrings([]))
         try:
             events = await unless_gone(request, generation.collect())
             num_tokens = sum(map(len, job.prompts))

@@ -1,10 +1,8 @@
 """`/openapi.json`: every route as OpenAPI 3.1, from the same msgspec types that decode and encode it.
 
-Owns one line for each route: its types, its errors, a request to try. Knows endpoints only by their types and
-field rules. Invariant: what the description promises holds: a field the server refuses allows only the values
-that are not refused, a status that is not listed is not answered.
-
-To add a route: add it to `app.routes`, and an `Operation` to `operations` here; tests compare the two.
+Owns how types, errors and refused fields are described; `operations.py` says which routes there are. Knows
+endpoints only by their types and field rules. Invariant: what the description promises holds: a field the
+server refuses allows only the values that are not refused, a status that is not listed is not answered.
 """
 
 from __future__ import annotations
@@ -18,21 +16,11 @@ import msgspec
 
 from gqa_serve import __version__
 from gqa_serve.api.access import OPEN_PATHS
+from gqa_serve.api.describable import Describer
 from gqa_serve.api.errors import ErrorBody
 from gqa_serve.api.params import FieldRules
-from gqa_serve.api.protocol import (
-    ChatChunk,
-    ChatCompletion,
-    ChatRequest,
-    CompletionRequest,
-    ModelCard,
-    ModelList,
-    TextCompletion,
-)
-from gqa_serve.api.system import ServerLoad, Status, Version
 
 _REF = "#/components/schemas/{name}"
-_GENERATES = (400, 404, 413, 429, 500, 503)  # what any route that runs the model may answer
 _RETRY_AFTER = (429, 503)
 _WHEN = {
     400: "A field is wrong (`param` names it), the body is no JSON object, or the prompt does not fit.",
@@ -63,59 +51,6 @@ class Operation:
     error: Any = ErrorBody
     query: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)  # name -> schema
     example: Mapping[str, Any] | None = None  # a body to try, but for `model`
-
-
-def operations() -> tuple[Operation, ...]:
-    """The table of routes."""
-    hello = {"messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 32}
-    return (
-        Operation(
-            method="post", path="/v1/chat/completions", tag="OpenAI", summary="Chat, whole or streamed",
-            request=ChatRequest, response=ChatCompletion, stream=ChatChunk, rules=FieldRules.chat(),
-            errors=_GENERATES, example=hello,
-        ),
-        Operation(
-            method="post", path="/v1/completions", tag="OpenAI", summary="Continue text or token ids",
-            request=CompletionRequest, response=TextCompletion, stream=TextCompletion,
-            rules=FieldRules.completion(), errors=_GENERATES,
-            example={"prompt": "Once upon a time", "max_tokens": 32},
-        ),
-        Operation(
-            method="get", path="/v1/models", tag="OpenAI", summary="The names this server answers to",
-            response=ModelList, errors=(503,),
-        ),
-        Operation(
-            method="get", path="/v1/models/{id:path}", tag="OpenAI", summary="One of these names",
-            response=ModelCard, errors=(404, 503),
-        ),
-        Operation(
-            method="get", path="/health", tag="Server", summary="Is the engine alive?", response=Status,
-            errors=(503,),
-        ),
-        Operation(
-            method="get", path="/ping", tag="Server", summary="The same as /health", response=Status,
-            errors=(503,),
-        ),
-        Operation(
-            method="get", path="/ready", tag="Server", summary="Are requests taken?", response=Status,
-            errors=(503,),
-        ),
-        Operation(
-            method="get", path="/load", tag="Server", summary="How many choices are under way",
-            response=ServerLoad,
-        ),
-        Operation(
-            method="get", path="/version", tag="Server", summary="The version of gqa-serve", response=Version
-        ),
-        Operation(
-            method="get", path="/openapi.json", tag="Server", summary="This description",
-            response=dict[str, Any],
-        ),
-        Operation(
-            method="get", path="/docs", tag="Server", summary="This description as a page to read",
-            response=str, media_type="text/html",
-        ),
-    )  # fmt: skip
 
 
 def document(
@@ -159,8 +94,14 @@ class _Schemas:
             if type is not None
         ]
         types = list(dict.fromkeys(found))
-        schemas, self.components = msgspec.json.schema_components(types, ref_template=_REF)
-        self._schemas: dict[Any, dict[str, Any]] = dict(zip(types, schemas, strict=True))
+        describer = Describer(_REF)
+        described = [describer.replace(type) for type in types]
+        schemas, self.components = msgspec.json.schema_components(
+            [*described, *describer.found], ref_template=_REF
+        )
+        for name in [name for name in self.components if "." in name]:
+            schemas, self.components = _renamed(name, (schemas, self.components))
+        self._schemas: dict[Any, dict[str, Any]] = dict(zip(types, schemas, strict=False))
         for operation in table:
             if operation.rules is not None:
                 name = self.of(operation.request)["$ref"].rpartition("/")[2]
@@ -171,6 +112,15 @@ class _Schemas:
         return self._schemas[type]
 
 
+def _renamed(name: str, schemas: Any) -> Any:
+    """`schemas` where one of two types of the same name is called by its API, not by its module."""
+    module, _, plain = name.rpartition(".")
+    api = module.rpartition(".")[2].removesuffix("protocol").removesuffix("_").capitalize()
+    text = msgspec.json.encode(schemas).decode()
+    new = plain if api in ("", "Errors") else api + plain
+    return msgspec.json.decode(text.replace(f'"{name}"', f'"{new}"').replace(f'/{name}"', f'/{new}"'))
+
+
 def _template(path: str) -> str:
     return path.replace(":path}", "}")
 
@@ -178,7 +128,7 @@ def _template(path: str) -> str:
 def _add_other_fields(schema: dict[str, Any], rules: FieldRules) -> None:
     """Properties that the struct does not hold: refused ones with what they may be, and no-ops."""
     properties = schema["properties"]
-    for name in sorted(rules.refused.keys() - properties.keys()):
+    for name in sorted(rules.refused):
         properties[name] = {
             "enum": [None, *rules.refused[name]],
             "deprecated": True,

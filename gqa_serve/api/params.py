@@ -61,7 +61,8 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "documents": ([],),
 }
 _REFUSED_CHAT = {
-    **{name: values for name, values in _REFUSED.items() if name != "documents"},
+    **_REFUSED,
+    "best_of": (1,),
     "suffix": ("",),
     "truncate_prompt_tokens": (),
 }
@@ -71,8 +72,21 @@ _REFUSED_EMBEDDING: dict[str, tuple[Any, ...]] = {
     "embed_dtype": ("float32",),
     "endianness": ("native", "little"),
 }
+_REFUSED_CHAT.pop("documents")
 _REFUSED_COMPLETION = {**_REFUSED, "top_logprobs": (0,), "reasoning_effort": ()}
 _REFUSED_COMPLETION |= {"tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False)}
+
+# What chat does where these are silent; an endpoint without the field does that too.
+_CHAT_DEFAULTS: dict[str, tuple[Any, ...]] = {
+    "add_generation_prompt": (True,),
+    "skip_special_tokens": (True,),
+    "top_logprobs": (0,),
+    **dict.fromkeys(("add_special_tokens", "continue_final_message", "echo", "logprobs"), (False,)),
+    **dict.fromkeys(
+        ("include_stop_str_in_output", "return_token_ids", "return_tokens_as_token_ids"), (False,)
+    ),
+    "spaces_between_special_tokens": (False,),
+}
 
 _CURES = {
     "functions": "send tools, which replaced it",
@@ -114,7 +128,8 @@ class FieldRules:
         """
         own = {*type.__struct_fields__, *no_ops}
         others = ({*ChatRequest.__struct_fields__} | _REFUSED_CHAT.keys()) - own
-        return cls(type, {**{name: _REFUSED_CHAT.get(name, (False,)) for name in others}, **refused}, no_ops)
+        plain = {name: _REFUSED_CHAT.get(name, _CHAT_DEFAULTS.get(name, ())) for name in others}
+        return cls(type, {**plain, **refused}, no_ops)
 
     @classmethod
     def completion(cls) -> FieldRules:

@@ -84,6 +84,12 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     priority: Int | None = None
     cache_salt: str | None = None
     add_special_tokens: bool | None = None
+    repeat_penalty: float | None = None
+    spaces_between_special_tokens: bool | None = None
+    allowed_token_ids: list[Int] | None = None
+    prompt_logprobs: Int | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: Any = None
@@ -94,12 +100,6 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     regex: str | None = None
     ebnf: str | None = None
     grammar: str | None = None
-    repeat_penalty: float | None = None
-    spaces_between_special_tokens: bool | None = None
-    allowed_token_ids: list[Int] | None = None
-    prompt_logprobs: Int | None = None
-    return_token_ids: bool | None = None
-    return_tokens_as_token_ids: bool | None = None
 
 
 class ContentPart(msgspec.Struct):
@@ -229,7 +229,7 @@ class EmbeddingRequest(msgspec.Struct, kw_only=True):
 class TokenizeRequest(ChatRequest, kw_only=True):
     """Body of POST /tokenize: a prompt, or any chat request, whose `messages` are counted as chat would."""
 
-    messages: list[ChatMessage] = []
+    messages: list[ChatMessage] | None = None  # type: ignore[assignment]
     prompt: str | None = None
     return_token_strs: bool | None = None
 

@@ -52,7 +52,7 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
 _LOGPROBS = "message.output_text.logprobs"
 # What `include` may ask for: log-probabilities; what reasoning items carry anyway (their text, in the open);
 # and data of calls and files that never occur here.
-_INCLUDABLE = (
+INCLUDABLE = (
     _LOGPROBS,
     "reasoning.encrypted_content",
     "file_search_call.results",
@@ -106,9 +106,9 @@ def check_fields(fields: ResponsesRequest) -> None:
 def check_include(include: list[str] | None) -> None:
     """Raises RequestError for a value that `include` does not know."""
     for number, name in enumerate(include or []):
-        if name not in _INCLUDABLE:
+        if name not in INCLUDABLE:
             raise RequestError(
-                f"include[{number}] must be one of {', '.join(_INCLUDABLE)}; got {shorten(name)!r}.",
+                f"include[{number}] must be one of {', '.join(INCLUDABLE)}; got {shorten(name)!r}.",
                 param=f"include[{number}]",
             )
 

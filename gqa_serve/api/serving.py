@@ -80,16 +80,16 @@ class ServingConfig(AccessConfig, Protocol):
     def drain_timeout(self) -> float: ...
 
     @property
-    def tool_call_parser(self) -> str: ...
-
-    @property
-    def reasoning_parser(self) -> str: ...
+    def max_stored_responses(self) -> int: ...
 
     @property
     def pooling(self) -> str: ...
 
     @property
-    def max_stored_responses(self) -> int: ...
+    def tool_call_parser(self) -> str: ...
+
+    @property
+    def reasoning_parser(self) -> str: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,10 +161,10 @@ class Job:
     prompts: Sequence[Sequence[int]]
     params: Sequence[SamplingParams]  # one per prompt
     n: int
+    pooling: Pooling | None = None
     shown_ids: frozenset[int] = frozenset()  # control tokens that are shown, for a parser to see
     end_ids: tuple[int, ...] = ()  # end an answer as the model's own end-of-sequence tokens do
     new_counter: Callable[[], ThinkingCounter] | None = None  # None: nothing tells thinking from answers
-    pooling: Pooling | None = None
 
     @classmethod
     def new(cls, prefix: str, **values: Any) -> Job:

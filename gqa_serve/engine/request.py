@@ -312,8 +312,8 @@ class Request:
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0
         self.prompt_logprobs: list[TokenLogprobs | None] = []
-        self.unsent: list[int] = []
         self.pool = Pool()
+        self.unsent: list[int] = []
         self.has_output = False
 
     @property

@@ -284,10 +284,8 @@ class _TokenCounts:
 
 def _changes_logits(request: Request) -> bool:
     params = request.params
-    bans = request.constraint is not None or params.allowed_token_ids is not None
-    if bans or params.logit_bias or params.has_penalties:
-        return True
-    return request.num_output_tokens < params.min_tokens
+    bans = params.allowed_token_ids is not None or request.num_output_tokens < params.min_tokens
+    return request.constraint is not None or bans or bool(params.logit_bias) or params.has_penalties
 
 
 def _bits(token_ids: Sequence[int]) -> bytes:

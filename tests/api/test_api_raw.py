@@ -444,6 +444,8 @@ def test_duplicated_keys_take_the_last(server: Server, engine: FakeEngine) -> No
         ({"best_of": "2"}, "best_of"),
         ({"echo": True}, "echo"),
         ({"suffix": "x"}, "suffix"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs"),
+        ({"prompt_logprobs": 0, "stream": True}, "prompt_logprobs"),
         ({"allowed_token_ids": []}, "allowed_token_ids"),
         ({"allowed_token_ids": [258]}, "allowed_token_ids"),
         ({"allowed_token_ids": [1], "min_tokens": 1}, "allowed_token_ids"),
@@ -454,8 +456,6 @@ def test_duplicated_keys_take_the_last(server: Server, engine: FakeEngine) -> No
             {"spaces_between_special_tokens": True, "skip_special_tokens": False},
             "spaces_between_special_tokens",
         ),
-        ({"prompt_logprobs": 21}, "prompt_logprobs"),
-        ({"prompt_logprobs": 0, "stream": True}, "prompt_logprobs"),
     ],
 )
 def test_chat_fields_refused(server: Server, engine: FakeEngine, fields: dict[str, Any], param: str) -> None:

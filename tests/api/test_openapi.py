@@ -20,6 +20,7 @@ from test_api_raw import CHAT, HI, TEXT, chat, complete, get, post, send
 import gqa_serve
 from gqa_serve.api import openapi
 from gqa_serve.api.app import routes
+from gqa_serve.api.operations import operations
 from gqa_serve.api.serving import ServingContext
 from gqa_serve.config import ServerConfig
 from gqa_serve.engine.chat_template import ChatTemplate
@@ -40,7 +41,7 @@ def test_routes_and_operations_are_the_same(server: Server) -> None:
         for route in routes(context)
         for method in (route.methods or set()) - {"HEAD"}  # which starlette adds to GET
     }
-    described = {(operation.method, operation.path) for operation in openapi.operations()}
+    described = {(operation.method, operation.path) for operation in operations()}
     assert described == served
 
 
@@ -106,7 +107,7 @@ def test_answers_with_everything_and_chunks_fit_their_schemas(
 
 @pytest.mark.parametrize("path", [CHAT, TEXT])
 def test_refused_fields_allow_only_what_is_accepted(server: Server, path: str) -> None:
-    (operation,) = [one for one in openapi.operations() if one.path == path]
+    (operation,) = [one for one in operations() if one.path == path]
     table = openapi.document([operation], root_path="", secured=False, model=None)
     properties = table["components"]["schemas"][operation.request.__name__]["properties"]
     refused = {name: field for name, field in properties.items() if field.get("deprecated")}

@@ -14,8 +14,14 @@ from fake_engine import FakeEngine, serving, wait_until
 KEY = "sk-test"
 
 
+EVERYTHING = ("--max-examples", "50")
+QUICK = ("--max-examples", "20", "--phases", "examples,fuzzing,stateful")
+EDGES = ("--phases", "coverage", "--include-path", "/v1/chat/completions", "--include-tag", "Server")
+
+
+@pytest.mark.parametrize("options", [QUICK, EDGES, pytest.param(EVERYTHING, marks=pytest.mark.slow)])
 def test_nothing_that_fits_the_description_or_misses_it_is_a_surprise(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, options: tuple[str, ...]
 ) -> None:
     """All checks but one: JSON schemas cannot say that a token id is in the vocabulary or a prompt fits."""
     with serving(FakeEngine(), api_key=(KEY,)) as server:
@@ -23,7 +29,7 @@ def test_nothing_that_fits_the_description_or_misses_it_is_a_surprise(
             *(sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json"),
             *("--header", f"Authorization: Bearer {KEY}"),
             *("--checks", "all", "--exclude-checks", "positive_data_acceptance"),
-            *("--max-examples", "20", "--generation-deterministic", "--no-color", "--workers", "1"),
+            *("--generation-deterministic", "--no-color", "--workers", "1", *options),
         ]
         environ = {**os.environ, "PYTHONWARNINGS": "default"}  # theirs are not ours to fix
         result = subprocess.run(
@@ -36,8 +42,9 @@ def test_nothing_that_fits_the_description_or_misses_it_is_a_surprise(
         assert tested is not None
         assert selected is not None
         assert passed is not None
-        assert tested[1] == selected[1] == selected[2]
+        assert tested[1] == selected[1]
+        assert (selected[1] == selected[2]) == (options is not EDGES)
         assert int(passed[1]) == int(passed[2]) > 500
         wait_until(lambda: server.engine.num_running == 0)
-        assert len(server.engine.requests) > 50  # it was not all refused
+        assert len(server.engine.requests) > 10  # it was not all refused
     assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []

@@ -649,15 +649,15 @@ KINDS: dict[str, dict[str, object]] = {
     "scored": {"prompt_logprobs": 1, "logprobs": 1},
     "scored only": {"prompt_logprobs": 0, "max_tokens": 0},
     "one token": {"max_tokens": 1},
+    "allowed": {"allowed_token_ids": [5, 7, 11], "temperature": 1.0, "seed": 3},
+    "last state": {"max_tokens": 0, "pooling": "last"},
+    "mean state": {"max_tokens": 0, "pooling": "mean"},
     "constrained": {"grammar": "toy:1:40"},
     "constrained whole": {"grammar": "toy:2:4", "ignore_eos": False},
     "constrained, many": {"grammar": "toy:3:40", "max_tokens": 20, "temperature": 1.0, "seed": 3},
     "constrained, scored": {"grammar": "toy:4:40", "logprobs": 1, "prompt_logprobs": 1},
     "constrained, stops": {"grammar": "toy:5:40", "min_tokens": 2, "stop_token_ids": list(range(4, 40))},
     "constrained, penalised": {"grammar": "toy:6:9", "frequency_penalty": 2.0},
-    "allowed": {"allowed_token_ids": [5, 7, 11], "temperature": 1.0, "seed": 3},
-    "last state": {"max_tokens": 0, "pooling": "last"},
-    "mean state": {"max_tokens": 0, "pooling": "mean"},
 }
 
 

@@ -1,0 +1,173 @@
+"""The table of routes as `/openapi.json` describes them: what goes in, what comes out, what may go wrong.
+
+Owns one `Operation` for each method of each route in `app.routes`; tests compare the two, and walk the tables
+of docs/api.md by this one. Knows endpoints only by their types and field rules.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from gqa_serve.api import anthropic_request, responses_request
+from gqa_serve.api.anthropic_protocol import (
+    AnswerMessage,
+    CountRequest,
+    MessageError,
+    MessagesRequest,
+    TokenCount,
+)
+from gqa_serve.api.openapi import Operation
+from gqa_serve.api.params import FieldRules
+from gqa_serve.api.protocol import (
+    ChatChunk,
+    ChatCompletion,
+    ChatRequest,
+    CompletionRequest,
+    Detokenized,
+    DetokenizeRequest,
+    EmbeddingList,
+    EmbeddingRequest,
+    ModelCard,
+    ModelList,
+    TextCompletion,
+    Tokenized,
+    TokenizeRequest,
+    TokenizerInfo,
+)
+from gqa_serve.api.responses_protocol import DeletedResponse, ItemList, ResponseObject, ResponsesRequest
+from gqa_serve.api.system import ServerLoad, Status, Version
+
+_GENERATES = (400, 404, 413, 429, 500, 503)  # what any route that runs the model may answer
+
+
+def operations() -> tuple[Operation, ...]:
+    """The table of routes."""
+    hello = {"messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 32}
+    return (
+        Operation(
+            method="post", path="/v1/chat/completions", tag="OpenAI", summary="Chat, whole or streamed",
+            request=ChatRequest, response=ChatCompletion, stream=ChatChunk, rules=FieldRules.chat(),
+            errors=_GENERATES, example=hello,
+        ),
+        Operation(
+            method="post", path="/v1/completions", tag="OpenAI", summary="Continue text or token ids",
+            request=CompletionRequest, response=TextCompletion, stream=TextCompletion,
+            rules=FieldRules.completion(), errors=_GENERATES,
+            example={"prompt": "Once upon a time", "max_tokens": 32},
+        ),
+        *_responses(),
+        Operation(
+            method="post", path="/v1/embeddings", tag="OpenAI", summary="Texts as vectors",
+            request=EmbeddingRequest, response=EmbeddingList, rules=FieldRules.embedding(),
+            errors=_GENERATES, example={"input": ["one text", "another"]},
+        ),
+        *_messages(),
+        *_tokenizer(),
+        Operation(
+            method="get", path="/v1/models", tag="OpenAI", summary="The names this server answers to",
+            response=ModelList, errors=(503,),
+        ),
+        Operation(
+            method="get", path="/v1/models/{id:path}", tag="OpenAI", summary="One of these names",
+            response=ModelCard, errors=(404, 503),
+        ),
+        Operation(
+            method="get", path="/health", tag="Server", summary="Is the engine alive?", response=Status,
+            errors=(503,),
+        ),
+        Operation(
+            method="get", path="/ping", tag="Server", summary="The same as /health", response=Status,
+            errors=(503,),
+        ),
+        Operation(
+            method="get", path="/ready", tag="Server", summary="Are requests taken?", response=Status,
+            errors=(503,),
+        ),
+        Operation(
+            method="get", path="/load", tag="Server", summary="How many choices are under way",
+            response=ServerLoad,
+        ),
+        Operation(
+            method="get", path="/version", tag="Server", summary="The version of gqa-serve", response=Version
+        ),
+        Operation(
+            method="get", path="/openapi.json", tag="Server", summary="This description",
+            response=dict[str, Any],
+        ),
+        Operation(
+            method="get", path="/docs", tag="Server", summary="This description as a page to read",
+            response=str, media_type="text/html",
+        ),
+    )  # fmt: skip
+
+
+def _responses() -> tuple[Operation, ...]:
+    include = {"type": "array", "items": {"enum": list(responses_request.INCLUDABLE)}}
+    return (
+        Operation(
+            method="post", path="/v1/responses", tag="OpenAI", summary="A response, whole or as events",
+            request=ResponsesRequest, response=ResponseObject, stream=dict[str, Any], done=False,
+            rules=responses_request.field_rules(), errors=_GENERATES,
+            example={"input": "Hello!", "max_output_tokens": 32},
+        ),
+        Operation(
+            method="get", path="/v1/responses/{id}", tag="OpenAI", summary="A stored response",
+            response=ResponseObject, errors=(400, 404),
+            query={"include": include, "stream": {"const": False}},
+        ),
+        Operation(
+            method="delete", path="/v1/responses/{id}", tag="OpenAI", summary="Forget a stored response",
+            response=DeletedResponse, errors=(404,),
+        ),
+        Operation(
+            method="get", path="/v1/responses/{id}/input_items", tag="OpenAI",
+            summary="What a stored response answered", response=ItemList, errors=(400, 404),
+            query={
+                "limit": {"type": "integer", "minimum": 1, "maximum": 100},
+                "order": {"enum": ["asc", "desc"]}, "after": {"type": "string"}, "include": include,
+            },
+        ),
+    )  # fmt: skip
+
+
+def _messages() -> tuple[Operation, ...]:
+    hello = {"messages": [{"role": "user", "content": "Hello!"}]}
+    return (
+        Operation(
+            method="post", path="/v1/messages", tag="Anthropic", summary="A message, whole or as events",
+            request=MessagesRequest, response=AnswerMessage, stream=dict[str, Any], done=False,
+            rules=anthropic_request.field_rules(MessagesRequest), errors=_GENERATES,
+            error=MessageError, example={**hello, "max_tokens": 32},
+        ),
+        Operation(
+            method="post", path="/v1/messages/count_tokens", tag="Anthropic", summary="Count tokens",
+            request=CountRequest, response=TokenCount, rules=anthropic_request.field_rules(CountRequest),
+            errors=(400, 404, 413, 503), error=MessageError, example=hello,
+        ),
+    )  # fmt: skip
+
+
+def _tokenizer() -> tuple[Operation, ...]:
+    errors = (400, 404, 413, 503)
+    both = [
+        (prefix, operation)
+        for prefix in ("", "/v1")
+        for operation in (
+            Operation(
+                method="post", path="/tokenize", tag="Tokenizer", summary="The tokens of a prompt or a chat",
+                request=TokenizeRequest, response=Tokenized, rules=FieldRules.tokenize(), errors=errors,
+                example={"prompt": "Hello!"},
+            ),
+            Operation(
+                method="post", path="/detokenize", tag="Tokenizer", summary="The text of tokens",
+                request=DetokenizeRequest, response=Detokenized, rules=FieldRules.detokenize(),
+                errors=errors, example={"tokens": [1, 2, 3]},
+            ),
+        )
+    ]  # fmt: skip
+    info = Operation(
+        method="get", path="/tokenizer_info", tag="Tokenizer", summary="The tokenizer's special tokens",
+        response=TokenizerInfo, errors=(503,),
+    )  # fmt: skip
+    return (*(dataclasses.replace(one, path=prefix + one.path) for prefix, one in both), info)
