@@ -64,7 +64,7 @@ class AnthropicMessages:
         context = self._context
         fields, raw = await read_request(request, context.config.max_body_bytes, MessagesRequest)
         context.check_model(fields.model)
-        self._rules.check(raw, 1)
+        self._rules.check(raw)
         chat = await self._prepare(fields, raw)
         chat = dataclasses.replace(chat, job=dataclasses.replace(chat.job, id=id))
         reply = MessagesReply(
@@ -80,7 +80,7 @@ class AnthropicMessages:
         context = self._context
         fields, raw = await read_request(request, context.config.max_body_bytes, CountRequest)
         context.check_model(fields.model)
-        self._count_rules.check(raw, 1)
+        self._count_rules.check(raw)
         try:
             chat = await self._prepare(fields, raw)
             count = TokenCount(len(chat.job.prompts[0]))

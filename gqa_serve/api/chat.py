@@ -23,7 +23,7 @@ from gqa_serve.api.message_parts import (
     finish_reason,
     merge_parts,
 )
-from gqa_serve.api.params import FieldRules, choice_count
+from gqa_serve.api.params import FieldRules
 from gqa_serve.api.protocol import (
     AnswerFunction,
     AnswerToolCall,
@@ -57,7 +57,7 @@ class ChatCompletions:
         context = self._context
         fields, raw = await read_request(request, context.config.max_body_bytes, ChatRequest)
         context.check_model(fields.model)
-        self._rules.check(raw, choice_count(fields))
+        self._rules.check(raw)
         size = sum(memoryview(raw[name]).nbytes for name in ("messages", "tools", "documents") if name in raw)
         chat = await prepare_chat(context, fields, size)
         return await answer(request, context, ChatReply(context, chat))

@@ -49,7 +49,7 @@ class Completions:
         model = context.check_model(fields.model)
         num_prompts = count_prompts(fields.prompt)
         n = choice_count(fields, num_prompts)
-        self._rules.check(raw, n)
+        self._rules.check(raw)
         candidates = candidate_count(fields, n, num_prompts)
         info = context.ready_info()
         check_capacity(info, num_prompts, candidates, name="best_of" if candidates > n else "n")

@@ -52,7 +52,7 @@ class Embeddings:
         context = self._context
         fields, raw = await read_request(request, context.config.max_body_bytes, EmbeddingRequest)
         model = context.check_model(fields.model)
-        self._rules.check(raw, 1)
+        self._rules.check(raw)
         info = context.ready_info()
         _check_dimensions(fields, info)
         job = await self._job(fields, info, model)

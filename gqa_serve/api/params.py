@@ -58,7 +58,6 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "length_penalty": (1.0,),
     "bad_words": ([],),
     "logits_processors": ([],),
-    "documents": ([],),
 }
 _REFUSED_CHAT = {
     **_REFUSED,
@@ -72,9 +71,15 @@ _REFUSED_EMBEDDING: dict[str, tuple[Any, ...]] = {
     "embed_dtype": ("float32",),
     "endianness": ("native", "little"),
 }
-_REFUSED_CHAT.pop("documents")
-_REFUSED_COMPLETION = {**_REFUSED, "top_logprobs": (0,), "reasoning_effort": ()}
-_REFUSED_COMPLETION |= {"tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False)}
+_REFUSED_COMPLETION = {
+    **_REFUSED,
+    "top_logprobs": (0,),
+    "reasoning_effort": (),
+    "documents": ([],),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+}
 
 # What chat does where these are silent; an endpoint without the field does that too.
 _CHAT_DEFAULTS: dict[str, tuple[Any, ...]] = {
@@ -153,21 +158,13 @@ class FieldRules:
 
     def covers(self, name: str) -> bool:
         """Whether a field is honoured, a documented no-op or refused, rather than unknown."""
-        return name in self.fields or name in self.no_ops or name in self.refused or name == "best_of"
+        return name in self.fields or name in self.no_ops or name in self.refused
 
-    def check(self, raw: RawFields, n: int) -> None:
+    def check(self, raw: RawFields) -> None:
         """Raises RequestError for a field that promises something this server does not do."""
         for name, value in raw.items():
             if name in self.refused:
                 self._refuse(name, _small_value(name, value))
-            elif name == "best_of" and name not in self.fields:
-                best_of = _small_value(name, value)
-                if best_of is not None and best_of != n:
-                    raise RequestError(
-                        f"best_of is not supported by this server's chat; leave it out (or send n, {n}).",
-                        param=name,
-                        code="unsupported_parameter",
-                    )
             elif not self.covers(name):
                 self._warn(name)
 

@@ -61,7 +61,7 @@ class Responses:
         context = self._context
         fields, raw = await read_request(request, context.config.max_body_bytes, ResponsesRequest)
         context.check_model(fields.model)
-        self._rules.check(raw, 1)
+        self._rules.check(raw)
         check_fields(fields)
         keep = self._wants_storing(fields)
         previous = self._previous(fields)

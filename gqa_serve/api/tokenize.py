@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from gqa_serve.api.chat_request import encode_request
 from gqa_serve.api.json_guard import RawFields, read_request
-from gqa_serve.api.params import FieldRules, choice_count
+from gqa_serve.api.params import FieldRules
 from gqa_serve.api.prompts import check_ids
 from gqa_serve.api.protocol import (
     Detokenized,
@@ -46,7 +46,7 @@ class Tokenize:
         context = self._context
         fields, raw = await read_request(request, context.config.max_body_bytes, TokenizeRequest)
         context.check_model(fields.model)
-        self._rules.check(raw, choice_count(fields))
+        self._rules.check(raw)
         info = self._info()
         if (fields.prompt is None) != bool(fields.messages):
             raise RequestError("Send either prompt or messages, and not both.", param="prompt")
@@ -81,7 +81,7 @@ class Tokenize:
         context = self._context
         fields, raw = await read_request(request, context.config.max_body_bytes, DetokenizeRequest)
         context.check_model(fields.model)
-        self._detokenize_rules.check(raw, 1)
+        self._detokenize_rules.check(raw)
         info = self._info()
 
         def answer() -> bytes:
