@@ -11,15 +11,15 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Lifespan
 
 from gqa_serve.api.access import with_access
-from gqa_serve.api.anthropic import AnthropicMessages
+from gqa_serve.api.anthropic.endpoint import AnthropicMessages
 from gqa_serve.api.chat import ChatCompletions
 from gqa_serve.api.chat_format import find_format
 from gqa_serve.api.completions import Completions
-from gqa_serve.api.docs import Docs
 from gqa_serve.api.embeddings import Embeddings
 from gqa_serve.api.errors import EXCEPTION_HANDLERS
+from gqa_serve.api.openapi.page import Docs
 from gqa_serve.api.request_ids import RequestIds
-from gqa_serve.api.responses import Responses
+from gqa_serve.api.responses.endpoint import Responses
 from gqa_serve.api.serving import ServingConfig, ServingContext, ServingEngine
 from gqa_serve.api.system import System
 from gqa_serve.api.tokenize import Tokenize
@@ -63,7 +63,7 @@ def create_app(
 
 
 def routes(context: ServingContext) -> list[Route]:
-    """Every route; `operations.py` describes the same ones."""
+    """Every route; `openapi/operations.py` describes the same ones."""
     system = System(context)
     docs = Docs(context)
     responses = Responses(context)

@@ -15,7 +15,7 @@ from typing import Any
 
 from gqa_serve.api.message_parts import ArgumentsPart, ToolCallPart, merge_parts
 from gqa_serve.api.reasoning import CLOSING, OPENING
-from gqa_serve.api.tool_syntax import HERMES, LLAMA3, MISTRAL, MISTRAL_ARGS, SYNTAXES, ToolSyntax
+from gqa_serve.api.tools.syntax import HERMES, LLAMA3, MISTRAL, MISTRAL_ARGS, SYNTAXES, ToolSyntax
 from gqa_serve.engine.chat_messages import normalise_messages
 from gqa_serve.engine.chat_template import ChatTemplate
 from gqa_serve.errors import RequestError
@@ -47,7 +47,7 @@ class ChatFormat:
 
     `syntax` None: no tools. `is_native`: the template shows tools, calls and results by itself;
     `keeps_calls`: it shows the calls and results of a conversation whose request has no tools. Where it does
-    not, messages say it in words (`tool_prompt.py`). `needs_short_ids`: it takes ids of 9 letters and digits
+    not, messages say it in words (`tools/prompt.py`). `needs_short_ids`: it takes ids of 9 letters and digits
     only. `takes_system`: it has a system message. `reasons`: answers may begin with thinking.
     `takes_many_calls`: one message may hold several.
     """

@@ -21,9 +21,9 @@ from gqa_serve.api.protocol import ChatMessage, ChatRequest, ContentPart, ToolCa
 from gqa_serve.api.serving import Job, ServingContext, fingerprint, off_loop
 from gqa_serve.api.structured_fields import structured_grammar
 from gqa_serve.api.thinking import Thinking, find_thinking
-from gqa_serve.api.tool_choice import ToolPlan, read_tools
-from gqa_serve.api.tool_grammar import answer_grammar
-from gqa_serve.api.tool_prompt import (
+from gqa_serve.api.tools.choice import ToolPlan, read_tools
+from gqa_serve.api.tools.grammar import answer_grammar
+from gqa_serve.api.tools.prompt import (
     describe_tools,
     new_call_id,
     new_short_id,
@@ -32,7 +32,7 @@ from gqa_serve.api.tool_prompt import (
     with_short_ids,
     without_tool_turns,
 )
-from gqa_serve.api.tool_syntax import HERMES
+from gqa_serve.api.tools.syntax import HERMES
 from gqa_serve.engine.chat_prompt import encode_chat
 from gqa_serve.engine.chat_template import ChatTemplate, check_template_kwargs
 from gqa_serve.engine.request import MAX_LOGPROBS

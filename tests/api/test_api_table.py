@@ -1,7 +1,7 @@
 """The tables of docs/api.md, row by row: they name every field there is, and each does what its row says.
 
 To walk the table of another endpoint, add a line to `WALKS`; what the endpoint knows comes from its operation
-in `operations.py`.
+in `openapi/operations.py`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fake_engine import MODEL, FakeEngine, Script, Server
 from openai.types.embedding_create_params import EmbeddingCreateParams
 from test_api_raw import Reply, post, send
 
-from gqa_serve.api.operations import operations
+from gqa_serve.api.openapi.operations import operations
 from gqa_serve.api.params import FieldRules
 
 PAGE = Path(__file__).parents[2] / "docs" / "api.md"

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from test_api_fuzz import relaxed, values
 from tool_model import tool_server
 
-from gqa_serve.api.anthropic_protocol import Block, MessagesRequest
-from gqa_serve.api.responses_protocol import InputItem, ResponsesRequest
+from gqa_serve.api.anthropic.protocol import Block, MessagesRequest
+from gqa_serve.api.responses.protocol import InputItem, ResponsesRequest
 
 TYPES = ["message", "function_call", "function_call_output", "reasoning", "item_reference", "web_search_call"]
 BLOCKS = ["text", "thinking", "tool_use", "tool_result", "image", "redacted_thinking"]

@@ -9,8 +9,8 @@ import tool_templates
 from fake_engine import TEMPLATE, fake_tokenizer
 
 from gqa_serve.api.chat_format import ChatFormat, find_format
-from gqa_serve.api.tool_prompt import one_call_each, with_description, with_short_ids, without_tool_turns
-from gqa_serve.api.tool_syntax import HERMES, LLAMA3, MISTRAL, MISTRAL_ARGS, ToolSyntax
+from gqa_serve.api.tools.prompt import one_call_each, with_description, with_short_ids, without_tool_turns
+from gqa_serve.api.tools.syntax import HERMES, LLAMA3, MISTRAL, MISTRAL_ARGS, ToolSyntax
 from gqa_serve.engine.chat_prompt import encode_chat
 from gqa_serve.engine.chat_template import ChatTemplate
 

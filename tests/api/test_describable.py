@@ -9,7 +9,7 @@ import jsonschema_rs
 import msgspec
 import pytest
 
-from gqa_serve.api.describable import Describer
+from gqa_serve.api.openapi.describable import Describer
 
 REF = "#/$defs/{name}"
 

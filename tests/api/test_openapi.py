@@ -18,9 +18,9 @@ from fake_engine import MODEL, FakeEngine, Server, fake_tokenizer, serving
 from test_api_raw import CHAT, HI, TEXT, chat, complete, get, post, send
 
 import gqa_serve
-from gqa_serve.api import openapi
 from gqa_serve.api.app import routes
-from gqa_serve.api.operations import operations
+from gqa_serve.api.openapi import document as openapi
+from gqa_serve.api.openapi.operations import operations
 from gqa_serve.api.serving import ServingContext
 from gqa_serve.config import ServerConfig
 from gqa_serve.engine.chat_template import ChatTemplate

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gqa_serve.api.client_names import ClientNames
-from gqa_serve.api.response_store import ResponseStore, StoredResponse
-from gqa_serve.api.responses_protocol import InputMessage, InputText
+from gqa_serve.api.responses.protocol import InputMessage, InputText
+from gqa_serve.api.responses.store import ResponseStore, StoredResponse
 from gqa_serve.errors import NotFoundError, RequestError
 
 

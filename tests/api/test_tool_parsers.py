@@ -20,7 +20,7 @@ from gqa_serve.api.message_parts import (
     merge_parts,
 )
 from gqa_serve.api.reasoning import ReasoningParser
-from gqa_serve.api.tool_parsers import HermesParser, Llama3Parser, MistralParser, ToolParser
+from gqa_serve.api.tools.parsers import HermesParser, Llama3Parser, MistralParser, ToolParser
 
 Call = tuple[str, str]
 NAMES = frozenset({"get_weather", "add"})

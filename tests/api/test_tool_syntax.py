@@ -20,8 +20,8 @@ from gqa_serve.api.protocol import (
     ToolChoice,
 )
 from gqa_serve.api.reasoning import after_thinking
-from gqa_serve.api.tool_choice import ToolPlan, read_tools
-from gqa_serve.api.tool_syntax import HERMES, LLAMA3, MISTRAL, MISTRAL_ARGS, ToolSyntax
+from gqa_serve.api.tools.choice import ToolPlan, read_tools
+from gqa_serve.api.tools.syntax import HERMES, LLAMA3, MISTRAL, MISTRAL_ARGS, ToolSyntax
 from gqa_serve.engine.grammar_compiler import compiler_for
 from gqa_serve.engine.grammars import json_schema_grammar
 from gqa_serve.engine.token_pieces import byte_alphabet

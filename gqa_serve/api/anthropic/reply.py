@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 from starlette.responses import Response
 
-from gqa_serve.api.anthropic_protocol import (
+from gqa_serve.api.anthropic.protocol import (
     AnswerBlock,
     AnswerMessage,
     MessageError,

@@ -1,6 +1,6 @@
 """How the Responses API answers: a response object, or the events in which it grows.
 
-Owns the object's fields and the frame of a stream: created, in_progress, what `responses_output.py` tells,
+Owns the object's fields and the frame of a stream: created, in_progress, what `output.py` tells,
 and one of completed, incomplete and failed. Knows no input. Invariant: the object in the last event is the
 one that a request without `stream` would have got, ids aside, and the one that is stored.
 """
@@ -18,12 +18,11 @@ from gqa_serve.api.chat_request import ChatJob
 from gqa_serve.api.errors import ErrorBody, error_json
 from gqa_serve.api.logprobs import chat_logprobs
 from gqa_serve.api.message_parts import TextPart, ToolCallPart, merge_parts
-from gqa_serve.api.part_logprobs import PartLogprobs
 from gqa_serve.api.protocol import Usage
 from gqa_serve.api.reasoning import thinking_tokens
-from gqa_serve.api.response_store import ResponseStore, StoredResponse
-from gqa_serve.api.responses_output import Event, Output
-from gqa_serve.api.responses_protocol import (
+from gqa_serve.api.responses.logprobs import PartLogprobs
+from gqa_serve.api.responses.output import Event, Output
+from gqa_serve.api.responses.protocol import (
     IncompleteDetails,
     InputTokensDetails,
     Item,
@@ -32,6 +31,7 @@ from gqa_serve.api.responses_protocol import (
     ResponseObject,
     ResponseUsage,
 )
+from gqa_serve.api.responses.store import ResponseStore, StoredResponse
 from gqa_serve.api.text_stream import TextEvent
 from gqa_serve.engine.tokenizer import Tokenizer
 

@@ -9,15 +9,15 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from gqa_serve.api import anthropic_request, responses_request
-from gqa_serve.api.anthropic_protocol import (
+from gqa_serve.api.anthropic import request as anthropic_request
+from gqa_serve.api.anthropic.protocol import (
     AnswerMessage,
     CountRequest,
     MessageError,
     MessagesRequest,
     TokenCount,
 )
-from gqa_serve.api.openapi import Operation
+from gqa_serve.api.openapi.document import Operation
 from gqa_serve.api.params import FieldRules
 from gqa_serve.api.protocol import (
     ChatChunk,
@@ -35,7 +35,8 @@ from gqa_serve.api.protocol import (
     TokenizeRequest,
     TokenizerInfo,
 )
-from gqa_serve.api.responses_protocol import DeletedResponse, ItemList, ResponseObject, ResponsesRequest
+from gqa_serve.api.responses import request as responses_request
+from gqa_serve.api.responses.protocol import DeletedResponse, ItemList, ResponseObject, ResponsesRequest
 from gqa_serve.api.system import ServerLoad, Status, Version
 
 _GENERATES = (400, 404, 413, 429, 500, 503)  # what any route that runs the model may answer

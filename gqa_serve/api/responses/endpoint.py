@@ -1,6 +1,6 @@
 """/v1/responses: items in, items out, conversations that this server remembers for a while.
 
-Owns the endpoints and their store; `responses_input.py`, `responses_request.py` and `responses_reply.py` say
+Owns the endpoints and their store; `input.py`, `request.py` and `reply.py` say
 what goes in and comes out. Knows no model's syntax. Invariant: a response is stored when it is complete,
 before its client learns so, and otherwise not at all.
 """
@@ -19,9 +19,8 @@ from gqa_serve.api.chat_request import ChatJob, prepare_chat
 from gqa_serve.api.errors import shorten
 from gqa_serve.api.json_guard import read_request
 from gqa_serve.api.protocol import ChatRequest
-from gqa_serve.api.response_store import ResponseStore, StoredResponse
-from gqa_serve.api.responses_input import Conversation, is_reference, read_input, turn_starts, without_oldest
-from gqa_serve.api.responses_protocol import (
+from gqa_serve.api.responses.input import Conversation, is_reference, read_input, turn_starts, without_oldest
+from gqa_serve.api.responses.protocol import (
     DeletedResponse,
     FunctionTool,
     Item,
@@ -29,8 +28,8 @@ from gqa_serve.api.responses_protocol import (
     ResponsesRequest,
     new_id,
 )
-from gqa_serve.api.responses_reply import Keeping, ResponseReply
-from gqa_serve.api.responses_request import (
+from gqa_serve.api.responses.reply import Keeping, ResponseReply
+from gqa_serve.api.responses.request import (
     Tools,
     chat_request,
     check_fields,
@@ -38,6 +37,7 @@ from gqa_serve.api.responses_request import (
     field_rules,
     response_object,
 )
+from gqa_serve.api.responses.store import ResponseStore, StoredResponse
 from gqa_serve.api.serving import ServingContext, answer, off_loop
 from gqa_serve.errors import NotFoundError, RequestError
 

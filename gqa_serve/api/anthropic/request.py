@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from gqa_serve.api.anthropic_protocol import Block, CountRequest, MessagesRequest, MessageTool, OutputFormat
+from gqa_serve.api.anthropic.protocol import Block, CountRequest, MessagesRequest, MessageTool, OutputFormat
 from gqa_serve.api.client_names import ClientNames
 from gqa_serve.api.errors import shorten
 from gqa_serve.api.params import FieldRules

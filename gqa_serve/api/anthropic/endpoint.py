@@ -1,6 +1,6 @@
 """POST /v1/messages and /v1/messages/count_tokens: Anthropic's Messages API over the chat core.
 
-Owns the endpoints; `anthropic_request.py` and `anthropic_reply.py` say what goes in and comes out. Knows no
+Owns the endpoints; `request.py` and `reply.py` say what goes in and comes out. Knows no
 model's syntax. Invariant: whatever goes wrong on these paths is told in Anthropic's shape.
 """
 
@@ -14,12 +14,12 @@ import msgspec
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from gqa_serve.api.anthropic_protocol import CountRequest, MessagesRequest, TokenCount
-from gqa_serve.api.anthropic_reply import MessagesReply, anthropic_error
-from gqa_serve.api.anthropic_request import chat_request, field_rules
+from gqa_serve.api.anthropic.protocol import CountRequest, MessagesRequest, TokenCount
+from gqa_serve.api.anthropic.reply import MessagesReply, anthropic_error
+from gqa_serve.api.anthropic.request import chat_request, field_rules
 from gqa_serve.api.chat_request import ChatJob, prepare_chat
 from gqa_serve.api.json_guard import RawFields, read_request
-from gqa_serve.api.responses_protocol import new_id
+from gqa_serve.api.responses.protocol import new_id
 from gqa_serve.api.serving import ServingContext, answer, off_loop
 from gqa_serve.errors import ContextLengthError, RequestError
 

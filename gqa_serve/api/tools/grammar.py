@@ -10,7 +10,7 @@ import anyio.to_thread
 
 from gqa_serve.api.serving import ServingContext
 from gqa_serve.api.thinking import Thinking
-from gqa_serve.api.tool_choice import ToolPlan
+from gqa_serve.api.tools.choice import ToolPlan
 from gqa_serve.engine.grammars import blaming, check_grammar, json_schema_grammar
 from gqa_serve.errors import RequestError
 

@@ -16,8 +16,8 @@ import msgspec
 
 from gqa_serve import __version__
 from gqa_serve.api.access import OPEN_PATHS
-from gqa_serve.api.describable import Describer
 from gqa_serve.api.errors import ErrorBody
+from gqa_serve.api.openapi.describable import Describer
 from gqa_serve.api.params import FieldRules
 
 _REF = "#/components/schemas/{name}"

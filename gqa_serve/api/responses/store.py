@@ -12,7 +12,7 @@ import collections
 import dataclasses
 
 from gqa_serve.api.errors import shorten
-from gqa_serve.api.responses_protocol import Item
+from gqa_serve.api.responses.protocol import Item
 from gqa_serve.errors import NotFoundError, RequestError
 
 MAX_STORED_BYTES = 256 * 2**20

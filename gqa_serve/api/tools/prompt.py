@@ -14,7 +14,7 @@ import string
 from collections.abc import Sequence
 from typing import Any
 
-from gqa_serve.api.tool_syntax import ToolSyntax
+from gqa_serve.api.tools.syntax import ToolSyntax
 
 _SHORT_ID = re.compile(r"[a-zA-Z0-9]{9}")
 _LETTERS = string.ascii_letters + string.digits

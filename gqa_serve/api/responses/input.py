@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from gqa_serve.api.errors import shorten
 from gqa_serve.api.protocol import ChatMessage, ContentPart, FunctionCall, ToolCall
-from gqa_serve.api.responses_protocol import (
+from gqa_serve.api.responses.protocol import (
     FunctionCallItem,
     FunctionOutputItem,
     InputItem,

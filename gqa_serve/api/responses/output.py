@@ -12,7 +12,7 @@ from typing import Any
 
 from gqa_serve.api.message_parts import ArgumentsPart, Part, ReasoningPart, TextPart, ToolCallPart
 from gqa_serve.api.protocol import ChatTokenLogprob
-from gqa_serve.api.responses_protocol import (
+from gqa_serve.api.responses.protocol import (
     FunctionCallItem,
     ItemStatus,
     OutputItem,

@@ -12,8 +12,8 @@ import re
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from gqa_serve.api.tool_choice import ToolPlan
-from gqa_serve.api.tool_parsers import HermesParser, Llama3Parser, MistralParser, ToolParser
+from gqa_serve.api.tools.choice import ToolPlan
+from gqa_serve.api.tools.parsers import HermesParser, Llama3Parser, MistralParser, ToolParser
 from gqa_serve.engine.grammars import json_rule, lark_grammar, text_literal
 
 MAX_CALLS = 32  # of one answer that a grammar constrains

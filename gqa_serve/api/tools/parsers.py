@@ -10,8 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from gqa_serve.api.call_object import BLANKS, CallObject, JsonValue, NotACallError
 from gqa_serve.api.message_parts import ArgumentsPart, Part, TextPart, ToolCallPart
+from gqa_serve.api.tools.call_object import BLANKS, CallObject, JsonValue, NotACallError
 
 MISTRAL_HEAD_CHARS = 256
 _MISTRAL_HEAD = re.compile(r"\s*([A-Za-z0-9_.-]{1,64})\s*(?:\[CALL_ID\][A-Za-z0-9_-]*)?\s*(?:\[ARGS\])?\s*")

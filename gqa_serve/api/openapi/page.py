@@ -17,8 +17,8 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from gqa_serve.api.openapi import document
-from gqa_serve.api.operations import operations
+from gqa_serve.api.openapi.document import document
+from gqa_serve.api.openapi.operations import operations
 from gqa_serve.api.serving import ServingContext
 
 _INLINE = re.compile(rb"<(script|style)>(.*?)</\1>", re.DOTALL)

@@ -1,7 +1,7 @@
 """What the fields of a Responses request mean, as a chat request.
 
 Owns the endpoint's checks, the fields it refuses, and the translation to `ChatRequest`; input items are
-`responses_input.py`'s. Knows no store and no engine. Invariant: a documented field is honoured, says what
+`input.py`'s. Knows no store and no engine. Invariant: a documented field is honoured, says what
 happens anyway, or is refused by its name.
 """
 
@@ -25,8 +25,8 @@ from gqa_serve.api.protocol import (
     Tool,
     ToolChoice,
 )
-from gqa_serve.api.responses_input import Conversation
-from gqa_serve.api.responses_protocol import (
+from gqa_serve.api.responses.input import Conversation
+from gqa_serve.api.responses.protocol import (
     FunctionTool,
     ReasoningConfig,
     ReasoningEcho,

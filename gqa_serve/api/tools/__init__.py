@@ -1,0 +1,1 @@
+"""Tools: what a request may say of them, how families spell calls, and the grammars that enforce them."""
