@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import httpx
+import httpx2
 import numpy as np
 import tokenizers
 import uvicorn
@@ -241,9 +241,9 @@ class Server:
     def url(self) -> str:
         return f"http://{self.host}:{self.port}"
 
-    def post(self, path: str, body: object) -> httpx.Response:
+    def post(self, path: str, body: object) -> httpx2.Response:
         """POST as JSON. (Not verifying, which plain HTTP has no use for, saves reading the certificates.)"""
-        return httpx.post(self.url + path, json=body, verify=False)
+        return httpx2.post(self.url + path, json=body, verify=False)
 
     def connect(self) -> socket.socket:
         return socket.create_connection((self.host, self.port), timeout=20)

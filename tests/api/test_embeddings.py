@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
+import httpx2
 import numpy as np
 import openai
 import pytest
@@ -27,7 +27,7 @@ def mean_server() -> Iterator[Server]:
         yield running
 
 
-def post(server: Server, **fields: Any) -> httpx.Response:
+def post(server: Server, **fields: Any) -> httpx2.Response:
     return server.post("/v1/embeddings", {"input": "ab", **fields})
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import httpx
+import httpx2
 import openai
 import pytest
 from fake_engine import IM_END, IM_START, MAX_MODEL_LEN, MODEL, VOCAB_SIZE, FakeEngine, Server
@@ -12,7 +12,7 @@ from fake_engine import IM_END, IM_START, MAX_MODEL_LEN, MODEL, VOCAB_SIZE, Fake
 USER = [{"role": "user", "content": "Hi"}]
 
 
-def post(server: Server, path: str, **fields: Any) -> httpx.Response:
+def post(server: Server, path: str, **fields: Any) -> httpx2.Response:
     return server.post(path, fields)
 
 
@@ -118,7 +118,7 @@ def test_unknown_model(server: Server) -> None:
 
 
 def test_tokenizer_info(server: Server) -> None:
-    assert httpx.get(f"{server.url}/tokenizer_info").json() == {
+    assert httpx2.get(f"{server.url}/tokenizer_info").json() == {
         "bos_token": None,
         "eos_token": "<|im_end|>",
         "pad_token": None,
