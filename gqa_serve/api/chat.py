@@ -10,6 +10,21 @@ from __future__ import annotations
 from starlette.requests import Request
 from starlette.responses import Response
 
+from gqa_serve.api.answers import (
+    AnswerFunction,
+    AnswerToolCall,
+    ApiFinishReason,
+    AssistantMessage,
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatLogprobs,
+    Delta,
+    DeltaFunction,
+    DeltaToolCall,
+    Usage,
+)
 from gqa_serve.api.chat_request import ChatJob, prepare_chat
 from gqa_serve.api.chunks import ChunkReply
 from gqa_serve.api.json_guard import read_request
@@ -24,22 +39,7 @@ from gqa_serve.api.message_parts import (
     merge_parts,
 )
 from gqa_serve.api.params import FieldRules
-from gqa_serve.api.protocol import (
-    AnswerFunction,
-    AnswerToolCall,
-    ApiFinishReason,
-    AssistantMessage,
-    ChatChoice,
-    ChatChunk,
-    ChatChunkChoice,
-    ChatCompletion,
-    ChatLogprobs,
-    ChatRequest,
-    Delta,
-    DeltaFunction,
-    DeltaToolCall,
-    Usage,
-)
+from gqa_serve.api.protocol import ChatRequest
 from gqa_serve.api.serving import ServingContext, answer
 from gqa_serve.api.text_stream import TextEvent
 from gqa_serve.engine.request import TokenLogprobs

@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+from gqa_serve.api.answers import CompletionTokensDetails, Usage
 from gqa_serve.api.message_parts import MessageParser, Part, ReasoningPart
-from gqa_serve.api.protocol import CompletionTokensDetails, Usage
 from gqa_serve.api.tools.call_object import BLANKS
 from gqa_serve.api.tools.syntax import Vocabulary, lark_text
 from gqa_serve.engine.grammars import lark_grammar
