@@ -190,7 +190,7 @@ def _delta(part: Part) -> Delta:
 
 
 def _message(parts: list[Part]) -> AssistantMessage:
-    """All parts of a choice as one message."""
+    """All parts of a choice, merged, as one message."""
     message = AssistantMessage(
         content="".join(part.text for part in parts if isinstance(part, TextPart)),
     )
@@ -198,12 +198,9 @@ def _message(parts: list[Part]) -> AssistantMessage:
         message.reasoning_content = reasoning
     calls = [part for part in parts if isinstance(part, ToolCallPart)]
     if calls:
+        arguments = {part.index: part.text for part in parts if isinstance(part, ArgumentsPart)}
         message.tool_calls = [
-            AnswerToolCall(id=call.id, function=AnswerFunction(call.name, _arguments(parts, call.index)))
+            AnswerToolCall(id=call.id, function=AnswerFunction(call.name, arguments.get(call.index, "")))
             for call in calls
         ]
     return message
-
-
-def _arguments(parts: list[Part], index: int) -> str:
-    return "".join(part.text for part in parts if isinstance(part, ArgumentsPart) and part.index == index)

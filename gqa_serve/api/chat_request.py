@@ -296,9 +296,13 @@ def template_options(fields: ChatRequest, template: ChatTemplate) -> dict[str, A
         options.setdefault("reasoning_effort", effort)
         return options
     switches = [name for name in _THINKING_SWITCHES if template.reads_variable(name)]
+    if switches and effort == "none":
+        options.setdefault(switches[0], False)
+        return options
     if switches:
         raise RequestError(
-            f"This model's chat template has no reasoning_effort; set chat_template_kwargs.{switches[0]}.",
+            f'This model\'s chat template knows no such reasoning_effort; send "none", or set '
+            f"chat_template_kwargs.{switches[0]}.",
             param="reasoning_effort",
             code="unsupported_parameter",
         )

@@ -31,6 +31,7 @@ class ReasoningParser:
         self._is_open = is_open
         self._has_begun = False  # some of the thinking was told
         self._pending = ""
+        self._blanks: list[str] = []  # that came after it, in pieces: there can be many
         self._step = self._before
 
     @property
@@ -40,7 +41,11 @@ class ReasoningParser:
 
     def feed(self, text: str, *, final: bool = False) -> list[Part]:
         """The parts that became certain with `text`; with `final`, all that is left."""
-        self._pending += text
+        if not (final or self._step == self._answer or text.strip(BLANKS)):
+            self._blanks.append(text)
+            return []
+        self._pending = "".join([self._pending, *self._blanks, text])
+        self._blanks.clear()
         parts: list[Part] = []
         step = None
         while step != self._step:
