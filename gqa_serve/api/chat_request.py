@@ -202,6 +202,10 @@ async def _encode(
     final = bool(fields.continue_final_message)
     if final and messages[-1]["role"] != "assistant":
         raise RequestError("continue_final_message needs an assistant message at the end.", param="messages")
+    if final and "tool_calls" in messages[-1]:
+        raise RequestError(
+            "continue_final_message continues text, not a message that calls.", param="messages"
+        )
     add_prompt = not final if fields.add_generation_prompt is None else fields.add_generation_prompt
 
     def encode(turns: list[dict[str, Any]], options: dict[str, Any]) -> list[int]:

@@ -321,6 +321,18 @@ def test_thinking_that_is_continued(qwen: tuple[FakeEngine, openai.OpenAI]) -> N
     assert (message.reasoning_content, message.content) == ("see.", "Yes.")
 
 
+def test_a_message_that_calls_is_not_continued(qwen: tuple[FakeEngine, openai.OpenAI]) -> None:
+    """Templates continue its text and drop the calls, which follow it."""
+    engine, client = qwen
+    call = {"id": "c", "type": "function", "function": {"name": "get_weather", "arguments": "{}"}}
+    messages: Any = [*USER, {"role": "assistant", "content": "Let me", "tool_calls": [call]}]
+    with pytest.raises(openai.BadRequestError, match="continues text"):
+        client.chat.completions.create(
+            model=MODEL, messages=messages, extra_body={"continue_final_message": True}
+        )
+    assert engine.requests == []
+
+
 def test_thinking_before_a_call_that_must_come(qwen: tuple[FakeEngine, openai.OpenAI]) -> None:
     engine, client = qwen
     says(engine, "<think>Hm</think>" + CALL)
