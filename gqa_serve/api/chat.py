@@ -10,6 +10,21 @@ from __future__ import annotations
 from starlette.requests import Request
 from starlette.responses import Response
 
+from gqa_serve.api.answers import (
+    AnswerFunction,
+    AnswerToolCall,
+    ApiFinishReason,
+    AssistantMessage,
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatLogprobs,
+    Delta,
+    DeltaFunction,
+    DeltaToolCall,
+    Usage,
+)
 from gqa_serve.api.chat_request import ChatJob, prepare_chat
 from gqa_serve.api.chunks import ChunkReply
 from gqa_serve.api.json_guard import read_request
@@ -24,22 +39,7 @@ from gqa_serve.api.message_parts import (
     merge_parts,
 )
 from gqa_serve.api.params import FieldRules
-from gqa_serve.api.protocol import (
-    AnswerFunction,
-    AnswerToolCall,
-    ApiFinishReason,
-    AssistantMessage,
-    ChatChoice,
-    ChatChunk,
-    ChatChunkChoice,
-    ChatCompletion,
-    ChatLogprobs,
-    ChatRequest,
-    Delta,
-    DeltaFunction,
-    DeltaToolCall,
-    Usage,
-)
+from gqa_serve.api.protocol import ChatRequest
 from gqa_serve.api.serving import ServingContext, answer
 from gqa_serve.api.text_stream import TextEvent
 from gqa_serve.engine.request import TokenLogprobs
@@ -190,7 +190,7 @@ def _delta(part: Part) -> Delta:
 
 
 def _message(parts: list[Part]) -> AssistantMessage:
-    """All parts of a choice as one message."""
+    """All parts of a choice, merged, as one message."""
     message = AssistantMessage(
         content="".join(part.text for part in parts if isinstance(part, TextPart)),
     )
@@ -198,12 +198,9 @@ def _message(parts: list[Part]) -> AssistantMessage:
         message.reasoning_content = reasoning
     calls = [part for part in parts if isinstance(part, ToolCallPart)]
     if calls:
+        arguments = {part.index: part.text for part in parts if isinstance(part, ArgumentsPart)}
         message.tool_calls = [
-            AnswerToolCall(id=call.id, function=AnswerFunction(call.name, _arguments(parts, call.index)))
+            AnswerToolCall(id=call.id, function=AnswerFunction(call.name, arguments.get(call.index, "")))
             for call in calls
         ]
     return message
-
-
-def _arguments(parts: list[Part], index: int) -> str:
-    return "".join(part.text for part in parts if isinstance(part, ArgumentsPart) and part.index == index)

@@ -202,6 +202,10 @@ async def _encode(
     final = bool(fields.continue_final_message)
     if final and messages[-1]["role"] != "assistant":
         raise RequestError("continue_final_message needs an assistant message at the end.", param="messages")
+    if final and "tool_calls" in messages[-1]:
+        raise RequestError(
+            "continue_final_message continues text, not a message that calls.", param="messages"
+        )
     add_prompt = not final if fields.add_generation_prompt is None else fields.add_generation_prompt
 
     def encode(turns: list[dict[str, Any]], options: dict[str, Any]) -> list[int]:
@@ -296,9 +300,13 @@ def template_options(fields: ChatRequest, template: ChatTemplate) -> dict[str, A
         options.setdefault("reasoning_effort", effort)
         return options
     switches = [name for name in _THINKING_SWITCHES if template.reads_variable(name)]
+    if switches and effort == "none":
+        options.setdefault(switches[0], False)
+        return options
     if switches:
         raise RequestError(
-            f"This model's chat template has no reasoning_effort; set chat_template_kwargs.{switches[0]}.",
+            f'This model\'s chat template knows no such reasoning_effort; send "none", or set '
+            f"chat_template_kwargs.{switches[0]}.",
             param="reasoning_effort",
             code="unsupported_parameter",
         )

@@ -11,8 +11,8 @@ from typing import Any
 
 import msgspec
 
+from gqa_serve.api.answers import Usage
 from gqa_serve.api.errors import error_json
-from gqa_serve.api.protocol import Usage
 from gqa_serve.api.serving import Job
 from gqa_serve.api.text_stream import TextEvent
 

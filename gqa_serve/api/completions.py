@@ -13,6 +13,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from gqa_serve.api.answers import LegacyLogprobs, TextChoice, TextCompletion, Usage
 from gqa_serve.api.chunks import ChunkReply
 from gqa_serve.api.json_guard import read_request
 from gqa_serve.api.logprobs import LegacyLogprobsWriter, finite, join_legacy, prompt_logprobs
@@ -25,7 +26,7 @@ from gqa_serve.api.params import (
     sampling_params,
 )
 from gqa_serve.api.prompts import PromptInput, Truncation, count_prompts, encode_prompts, split_prompt
-from gqa_serve.api.protocol import CompletionRequest, LegacyLogprobs, TextChoice, TextCompletion, Usage
+from gqa_serve.api.protocol import CompletionRequest
 from gqa_serve.api.serving import Job, ServingContext, answer, fingerprint
 from gqa_serve.api.structured_fields import structured_grammar
 from gqa_serve.api.text_stream import TextEvent

@@ -13,16 +13,11 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from gqa_serve.api.answers import Embedding, EmbeddingList, EmbeddingUsage
 from gqa_serve.api.json_guard import read_request
 from gqa_serve.api.params import MAX_CHOICES, FieldRules, check_capacity
 from gqa_serve.api.prompts import Truncation, count_prompts, encode_prompts, split_prompt
-from gqa_serve.api.protocol import (
-    Embedding,
-    EmbeddingList,
-    EmbeddingRequest,
-    EmbeddingUsage,
-    SamplingFields,
-)
+from gqa_serve.api.protocol import EmbeddingRequest, SamplingFields
 from gqa_serve.api.request_ids import client_request_id
 from gqa_serve.api.serving import (
     Job,

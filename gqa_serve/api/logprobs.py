@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from gqa_serve.api.protocol import (
+from gqa_serve.api.answers import (
     ChatLogprobs,
     ChatTokenLogprob,
     LegacyLogprobs,

@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 from typing import Literal, Protocol
 
-from gqa_serve.api.protocol import ApiFinishReason
+from gqa_serve.api.answers import ApiFinishReason
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

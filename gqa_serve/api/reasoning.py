@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+from gqa_serve.api.answers import CompletionTokensDetails, Usage
 from gqa_serve.api.message_parts import MessageParser, Part, ReasoningPart
-from gqa_serve.api.protocol import CompletionTokensDetails, Usage
 from gqa_serve.api.tools.call_object import BLANKS
 from gqa_serve.api.tools.syntax import Vocabulary, lark_text
 from gqa_serve.engine.grammars import lark_grammar
@@ -31,6 +31,7 @@ class ReasoningParser:
         self._is_open = is_open
         self._has_begun = False  # some of the thinking was told
         self._pending = ""
+        self._blanks: list[str] = []  # that came after it, in pieces: there can be many
         self._step = self._before
 
     @property
@@ -40,7 +41,11 @@ class ReasoningParser:
 
     def feed(self, text: str, *, final: bool = False) -> list[Part]:
         """The parts that became certain with `text`; with `final`, all that is left."""
-        self._pending += text
+        if not (final or self._step == self._answer or text.strip(BLANKS)):
+            self._blanks.append(text)
+            return []
+        self._pending = "".join([self._pending, *self._blanks, text])
+        self._blanks.clear()
         parts: list[Part] = []
         step = None
         while step != self._step:

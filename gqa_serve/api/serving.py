@@ -28,10 +28,11 @@ from starlette.types import Receive, Scope, Send
 
 from gqa_serve import __version__
 from gqa_serve.api.access import AccessConfig
+from gqa_serve.api.answers import CompletionTokensDetails, PromptTokensDetails, Usage
 from gqa_serve.api.chat_format import TEXT_ONLY, ChatFormat
 from gqa_serve.api.errors import shorten
 from gqa_serve.api.http_protocol import abort_connection
-from gqa_serve.api.protocol import CompletionTokensDetails, PromptTokensDetails, SamplingFields, Usage
+from gqa_serve.api.protocol import SamplingFields
 from gqa_serve.api.reasoning import ThinkingCounter
 from gqa_serve.api.request_ids import client_request_id
 from gqa_serve.api.text_stream import Choice, Generation, TextEvent, TokenStream

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gqa_serve import __version__
-from gqa_serve.api.protocol import ModelCard, ModelList
+from gqa_serve.api.answers import ModelCard, ModelList
 from gqa_serve.api.serving import ServingContext
 from gqa_serve.errors import EngineUnavailableError, NotFoundError
 

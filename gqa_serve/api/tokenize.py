@@ -10,17 +10,12 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from gqa_serve.api.answers import Detokenized, Tokenized, TokenizerInfo
 from gqa_serve.api.chat_request import encode_request
 from gqa_serve.api.json_guard import RawFields, read_request
 from gqa_serve.api.params import FieldRules
 from gqa_serve.api.prompts import check_ids
-from gqa_serve.api.protocol import (
-    Detokenized,
-    DetokenizeRequest,
-    Tokenized,
-    TokenizeRequest,
-    TokenizerInfo,
-)
+from gqa_serve.api.protocol import DetokenizeRequest, TokenizeRequest
 from gqa_serve.api.serving import ServingContext, off_loop
 from gqa_serve.engine.request import ModelInfo
 from gqa_serve.errors import RequestError

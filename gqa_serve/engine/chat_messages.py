@@ -91,6 +91,8 @@ def _parse_arguments(call: object) -> object:
         return call
     try:
         parsed = json.loads(arguments or "{}")
+        if "\\u" in arguments:
+            json.dumps(parsed, ensure_ascii=False).encode()  # an escaped lone surrogate is no text
     except (ValueError, RecursionError):
         return call  # a model may have produced it; the template shows the text as it is
     if not isinstance(parsed, dict):

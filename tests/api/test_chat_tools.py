@@ -301,6 +301,15 @@ def test_thinking(qwen: tuple[FakeEngine, openai.OpenAI]) -> None:
     assert prompt_of(engine, 2).endswith("<think>\n\n</think>\n\n")
 
 
+def test_reasoning_effort_none_is_the_switch(qwen: tuple[FakeEngine, openai.OpenAI]) -> None:
+    engine, client = qwen
+    says(engine, "Four.")
+    client.chat.completions.create(model=MODEL, messages=USER, reasoning_effort="none")
+    assert prompt_of(engine).endswith("<think>\n\n</think>\n\n")
+    with pytest.raises(openai.BadRequestError, match="enable_thinking"):
+        client.chat.completions.create(model=MODEL, messages=USER, reasoning_effort="low")
+
+
 def test_thinking_that_is_continued(qwen: tuple[FakeEngine, openai.OpenAI]) -> None:
     engine, client = qwen
     says(engine, " see.</think>Yes.")
@@ -310,6 +319,18 @@ def test_thinking_that_is_continued(qwen: tuple[FakeEngine, openai.OpenAI]) -> N
         client.chat.completions.create(model=MODEL, messages=messages, extra_body=extra).choices[0].message
     )
     assert (message.reasoning_content, message.content) == ("see.", "Yes.")
+
+
+def test_a_message_that_calls_is_not_continued(qwen: tuple[FakeEngine, openai.OpenAI]) -> None:
+    """Templates continue its text and drop the calls, which follow it."""
+    engine, client = qwen
+    call = {"id": "c", "type": "function", "function": {"name": "get_weather", "arguments": "{}"}}
+    messages: Any = [*USER, {"role": "assistant", "content": "Let me", "tool_calls": [call]}]
+    with pytest.raises(openai.BadRequestError, match="continues text"):
+        client.chat.completions.create(
+            model=MODEL, messages=messages, extra_body={"continue_final_message": True}
+        )
+    assert engine.requests == []
 
 
 def test_thinking_before_a_call_that_must_come(qwen: tuple[FakeEngine, openai.OpenAI]) -> None:
@@ -422,6 +443,24 @@ def tool(name: str, parameters: Any = None) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name, "parameters": parameters}}
 
 
+def test_tools_as_real_clients_write_them(qwen: tuple[FakeEngine, openai.OpenAI]) -> None:
+    """Names of MCP servers and agents; Go's empty lists and objects, which are null."""
+    engine, client = qwen
+    nulls = {"type": "object", "properties": None, "required": None}
+    tools: Any = [tool("server.tool"), tool("mcp:a/b", nulls), tool("x" * 128, {"type": None})]
+    says(engine, '<tool_call>{"name": "mcp:a/b"}</tool_call>')
+    for choice in ("auto", "required"):
+        answer = client.chat.completions.create(
+            model=MODEL,
+            messages=USER,
+            tools=tools,
+            tool_choice=choice,  # type: ignore[call-overload]
+        )
+        (call,) = answer.choices[0].message.tool_calls
+        assert (call.function.name, call.function.arguments) == ("mcp:a/b", "{}")
+    assert "null" not in prompt_of(engine)
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
@@ -430,7 +469,7 @@ def tool(name: str, parameters: Any = None) -> dict[str, Any]:
         ({"tools": [{"type": "function"}]}, "tools[0].function"),
         ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name"),
         ({"tools": [tool("a b")]}, "tools[0].function.name"),
-        ({"tools": [tool("x" * 65)]}, "tools[0].function.name"),
+        ({"tools": [tool("x" * 129)]}, "tools[0].function.name"),
         ({"tools": [tool("")]}, "tools[0].function.name"),
         ({"tools": [tool("a"), tool("a")]}, "tools[1].function.name"),
         ({"tools": [tool("a", [])]}, "tools[0].function.parameters"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -29,6 +30,7 @@ FAMILIES: dict[str, type[ToolParser]] = {
     "llama3": Llama3Parser,
     "mistral": MistralParser,
 }
+CALL_THEN_FILL = '<tool_call>{"name": "add", "arguments": {}}'
 
 
 def new_parser(family: str) -> ToolParser:
@@ -159,6 +161,7 @@ TRANSCRIPTS: list[tuple[str, str, str, list[Call]]] = [
     ),
     ("mistral", '[TOOL_CALLS]add{"a": 1} done', " done", [("add", '{"a": 1}')]),
     ("mistral", '[TOOL_CALLS]{"name": "add", "arguments": {}}', "", [("add", "{}")]),
+    ("mistral", '[TOOL_CALLS]a.b:c/d-e[ARGS]{"a": 1}', "", [("a.b:c/d-e", '{"a": 1}')]),
     ("mistral", "[TOOL_CALLS] means calls.", "[TOOL_CALLS] means calls.", []),
     ("mistral", "[TOOL_CALLS][", "[TOOL_CALLS][", []),
     ("mistral", '[TOOL_CALLS][{"a": 1}] x', '[TOOL_CALLS][{"a": 1}] x', []),
@@ -190,6 +193,16 @@ def test_text_is_not_held_back_longer_than_it_must() -> None:
         assert told(new_parser(family).feed("Hello wor"))[0] == "Hello wor"
     assert told(new_parser("hermes").feed("a <tool"))[0] == "a"
     assert told(new_parser("hermes").feed("a <tools"))[0] == "a <tools"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("before", ["", "a", CALL_THEN_FILL, "<think>", "<think>a", "<think>a</think>"])
+def test_endless_blanks_take_linear_time(family: str, before: str) -> None:
+    parser = ReasoningParser(new_parser(family), is_open=False)
+    started = time.process_time()
+    parts = parse(parser, *before, *["\n\n  "] * 30_000, "x")
+    assert time.process_time() - started < 4  # looking at all blanks again for each piece: 10 and more
+    assert merge_parts(parts)[-1].text.endswith("x")  # type: ignore[union-attr]
 
 
 FRAGMENTS = st.sampled_from(

@@ -401,6 +401,8 @@ def test_the_developer_role_is_mapped_unless_known() -> None:
         ("not json", "not json"),
         ("[1]", "[1]"),
         ("[" * 100_000, "[" * 100_000),
+        (r'{"a": "\ud83d\ude00"}', {"a": "\U0001f600"}),
+        (r'{"a": "\ud800"}', r'{"a": "\ud800"}'),
         (None, None),
     ],
 )

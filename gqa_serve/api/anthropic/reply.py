@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 from starlette.responses import Response
 
+from gqa_serve.api.answers import Usage
 from gqa_serve.api.anthropic.protocol import (
     AnswerBlock,
     AnswerMessage,
@@ -33,7 +34,6 @@ from gqa_serve.api.message_parts import (
     ToolCallPart,
     merge_parts,
 )
-from gqa_serve.api.protocol import Usage
 from gqa_serve.api.reasoning import thinking_tokens
 from gqa_serve.api.text_stream import TextEvent
 from gqa_serve.engine.tokenizer import Tokenizer

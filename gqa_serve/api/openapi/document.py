@@ -115,7 +115,8 @@ class _Schemas:
 def _renamed(name: str, schemas: Any) -> Any:
     """`schemas` where one of two types of the same name is called by its API, not by its module."""
     module, _, plain = name.rpartition(".")
-    api = module.rpartition(".")[2].removesuffix("protocol").removesuffix("_").capitalize()
+    module = module.rpartition(".")[2].removesuffix("protocol").removesuffix("answers")
+    api = module.removesuffix("_").capitalize()
     text = msgspec.json.encode(schemas).decode()
     new = plain if api in ("", "Errors") else api + plain
     return msgspec.json.decode(text.replace(f'"{name}"', f'"{new}"').replace(f'/{name}"', f'/{new}"'))

@@ -9,6 +9,17 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from gqa_serve.api.answers import (
+    ChatChunk,
+    ChatCompletion,
+    Detokenized,
+    EmbeddingList,
+    ModelCard,
+    ModelList,
+    TextCompletion,
+    Tokenized,
+    TokenizerInfo,
+)
 from gqa_serve.api.anthropic import request as anthropic_request
 from gqa_serve.api.anthropic.protocol import (
     AnswerMessage,
@@ -20,20 +31,11 @@ from gqa_serve.api.anthropic.protocol import (
 from gqa_serve.api.openapi.document import Operation
 from gqa_serve.api.params import FieldRules
 from gqa_serve.api.protocol import (
-    ChatChunk,
-    ChatCompletion,
     ChatRequest,
     CompletionRequest,
-    Detokenized,
     DetokenizeRequest,
-    EmbeddingList,
     EmbeddingRequest,
-    ModelCard,
-    ModelList,
-    TextCompletion,
-    Tokenized,
     TokenizeRequest,
-    TokenizerInfo,
 )
 from gqa_serve.api.responses import request as responses_request
 from gqa_serve.api.responses.protocol import DeletedResponse, ItemList, ResponseObject, ResponsesRequest

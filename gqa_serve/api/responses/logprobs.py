@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gqa_serve.api.protocol import ChatTokenLogprob
+from gqa_serve.api.answers import ChatTokenLogprob
 
 
 class PartLogprobs:

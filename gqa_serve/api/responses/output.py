@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from gqa_serve.api.answers import ChatTokenLogprob
 from gqa_serve.api.message_parts import ArgumentsPart, Part, ReasoningPart, TextPart, ToolCallPart
-from gqa_serve.api.protocol import ChatTokenLogprob
 from gqa_serve.api.responses.protocol import (
     FunctionCallItem,
     ItemStatus,

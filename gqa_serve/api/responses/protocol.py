@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 import msgspec
 
-from gqa_serve.api.protocol import ChatTokenLogprob, Int, StreamOptions
+from gqa_serve.api.answers import ChatTokenLogprob
+from gqa_serve.api.protocol import Int, StreamOptions
 
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import msgspec
 
+from gqa_serve.api.answers import Usage
 from gqa_serve.api.chat_request import ChatJob
 from gqa_serve.api.errors import ErrorBody, error_json
 from gqa_serve.api.logprobs import chat_logprobs
 from gqa_serve.api.message_parts import TextPart, ToolCallPart, merge_parts
-from gqa_serve.api.protocol import Usage
 from gqa_serve.api.reasoning import thinking_tokens
 from gqa_serve.api.responses.logprobs import PartLogprobs
 from gqa_serve.api.responses.output import Event, Output

@@ -10,6 +10,8 @@ import dataclasses
 import re
 from typing import Any
 
+import msgspec
+
 from gqa_serve.api.errors import shorten
 from gqa_serve.api.protocol import (
     AllowedTools,
@@ -23,8 +25,8 @@ from gqa_serve.api.protocol import (
 from gqa_serve.errors import RequestError
 
 MAX_TOOLS = 512
-MAX_NAME_CHARS = 64
-_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+MAX_NAME_CHARS = 128  # OpenAI takes 64, Anthropic and MCP 128
+_NAME = re.compile(rf"[a-zA-Z0-9_.:/-]{{1,{MAX_NAME_CHARS}}}")
 _MODES = ("none", "auto", "required")
 
 
@@ -118,17 +120,18 @@ def _checked(tool: Tool, where: str) -> FunctionDefinition:
         raise RequestError(f"Missing required field: {where}.function.", param=f"{where}.function")
     if not _NAME.fullmatch(function.name):
         raise RequestError(
-            f"{where}.function.name must be 1 to {MAX_NAME_CHARS} letters, digits, _ or -; "
+            f"{where}.function.name must be 1 to {MAX_NAME_CHARS} letters, digits or any of _-.:/; "
             f"got {shorten(function.name)!r}.",
             param=f"{where}.function.name",
         )
-    parameters = function.parameters or {}
+    # Go's clients write an empty list or object as null.
+    parameters = {key: value for key, value in (function.parameters or {}).items() if value is not None}
     place = f"{where}.function.parameters"
     if parameters.get("type", "object") != "object":
         raise RequestError(f"{place}.type must be 'object': arguments are named.", param=f"{place}.type")
     if not isinstance(parameters.get("properties", {}), dict):
         raise RequestError(f"{place}.properties must be an object.", param=f"{place}.properties")
-    return function
+    return msgspec.structs.replace(function, parameters=parameters or None)
 
 
 def _chosen(choice: ToolChoice, places: dict[str, int]) -> tuple[list[int], bool, bool]:

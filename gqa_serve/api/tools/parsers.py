@@ -14,8 +14,10 @@ from gqa_serve.api.message_parts import ArgumentsPart, Part, TextPart, ToolCallP
 from gqa_serve.api.tools.call_object import BLANKS, CallObject, JsonValue, NotACallError
 
 MISTRAL_HEAD_CHARS = 256
-_MISTRAL_HEAD = re.compile(r"\s*([A-Za-z0-9_.-]{1,64})\s*(?:\[CALL_ID\][A-Za-z0-9_-]*)?\s*(?:\[ARGS\])?\s*")
-_MISTRAL_HEAD_CHAR = re.compile(r"[A-Za-z0-9_.\-\[\]\s]")
+_MISTRAL_HEAD = re.compile(
+    r"\s*([\w.:/-]{1,128})\s*(?:\[CALL_ID\][A-Za-z0-9_-]*)?\s*(?:\[ARGS\])?\s*", re.ASCII
+)
+_MISTRAL_HEAD_CHAR = re.compile(r"[\w.:/\-\[\]\s]", re.ASCII)
 
 
 class ToolParser:
@@ -35,6 +37,7 @@ class ToolParser:
         self._parts: list[Part] = []
         self._num_calls = 0
         self._is_quiet = False  # nothing but blanks since the last call
+        self._fill: list[str] = []  # blanks before what may become a marker, one by one: there can be many
         self._hold = ""  # read, but not known to be text yet
         self._head = 0  # how much of `_hold` is marker rather than call
         self._call = CallObject()
@@ -64,6 +67,7 @@ class ToolParser:
         while self._is_undecided():
             self._give_up()
             self._work()
+        self._join_fill()
         if self._step == self._text and not (self._is_quiet and not self._hold.strip(BLANKS)):
             self._say(self._hold)
         self._hold = ""
@@ -85,6 +89,19 @@ class ToolParser:
         rest = self._input[self._position :]
         self._input, self._position = rest + text if at_end else text + rest, 0
 
+    def _is_fill(self, chars: str, fill: str = BLANKS) -> bool:
+        """Whether `chars` are nothing but more of the fill before a marker; they are kept if so."""
+        if self._hold or chars.strip(fill):
+            self._join_fill()
+            return False
+        self._fill.append(chars)
+        return True
+
+    def _join_fill(self) -> None:
+        """What was kept counts as held."""
+        self._hold = "".join(self._fill) + self._hold
+        self._fill.clear()
+
     def _say(self, text: str) -> None:
         if text:
             self._parts.append(TextPart(text))
@@ -92,9 +109,10 @@ class ToolParser:
 
     def _text(self) -> None:
         """Outside of calls: holds back blanks and what may become the trigger."""
-        is_open = not self._hold.strip(BLANKS)  # no trigger has begun
-        match = self._run.match(self._input, self._position) if is_open else None
+        match = None if self._hold else self._run.match(self._input, self._position)
         chars = self._take(match.end() if match else None)
+        if self._is_fill(chars):
+            return
         held = self._hold + chars
         marker = held.lstrip(BLANKS)
         if self.trigger.startswith(marker):
@@ -166,7 +184,10 @@ class HermesParser(ToolParser):
 
     def _close(self) -> None:
         """The closing marker, which models forget, or precede by a brace too many."""
-        self._hold += self._take()
+        char = self._take()
+        if self._is_fill(char, BLANKS + "}"):
+            return
+        self._hold += char
         marker = self._hold.lstrip(BLANKS + "}")
         if marker == self._closing:
             self._hold, self._step = "", self._text
@@ -200,7 +221,10 @@ class Llama3Parser(ToolParser):
 
     def _between(self, separators: str) -> None:
         """Before the first call, and between calls: the next one, or text."""
-        self._hold += self._take()
+        char = self._take()
+        if self._is_fill(char, separators):
+            return
+        self._hold += char
         marker = self._hold.lstrip(separators)
         if marker == "{":
             self._untake("{")
@@ -215,6 +239,7 @@ class Llama3Parser(ToolParser):
             self._requeue(held)
 
     def _finish(self) -> None:
+        self._join_fill()
         if self._step == self._next and not self._hold.strip(BLANKS + ";,"):
             self._hold = ""
         elif self._step in (self._start, self._next):
