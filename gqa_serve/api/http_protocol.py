@@ -124,7 +124,12 @@ class HttpProtocol(HttpToolsProtocol):
         self._refuse(RequestError(f"{msg} Send HTTP/1.1.", code="invalid_http"), http.HTTPStatus.BAD_REQUEST)
 
     def _refuse(self, error: RequestError, status: http.HTTPStatus) -> None:
-        if self.cycle is None or self.cycle.response_complete:
+        under_way = [cycle for cycle in self._cycles if not cycle.response_complete]
+        broken = self.cycle is not None and self.cycle.more_body and not self.cycle.response_started
+        if not under_way or (broken and under_way == [self.cycle]):
+            if under_way:  # a request whose body went wrong: what waits for it has nobody to answer
+                self.cycle.disconnected = True
+                self.cycle.message_event.set()
             body = error_json(error)
             head = (
                 f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: application/json\r\n"

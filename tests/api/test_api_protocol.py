@@ -129,6 +129,17 @@ def test_any_number_of_offers_in_one_read(server: Server) -> None:
         assert [Reply(stream).status for _ in range(count)] == [200] * count
 
 
+@pytest.mark.parametrize(
+    "rest",
+    [b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\nno size\r\n"],
+)
+def test_a_body_that_is_no_http_gets_an_answer(server: Server, engine: FakeEngine, rest: bytes) -> None:
+    head, body = read_to_end(server, f"POST {CHAT} HTTP/1.1\r\nHost: x\r\n".encode() + rest)
+    assert head.startswith(b"http/1.1 400 ")
+    assert json.loads(body)["error"]["code"] == "invalid_http"
+    assert not engine.requests
+
+
 # --- methods -----------------------------------------------------------------------------------------------
 
 
