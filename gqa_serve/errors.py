@@ -49,9 +49,11 @@ class ContextLengthError(RequestError):
     """The prompt alone does not fit the model's context."""
 
     def __init__(self, num_prompt_tokens: int, max_model_len: int, *, param: str | None = None) -> None:
+        exact = num_prompt_tokens <= max_model_len  # longer ones do not fit even where nothing is generated
         super().__init__(
             f"This model's maximum context length is {max_model_len} tokens, but the prompt has "
-            f"{num_prompt_tokens} tokens and at least one must be left to generate. Shorten the prompt.",
+            f"{num_prompt_tokens} tokens{' and at least one must be left to generate' if exact else ''}. "
+            "Shorten the prompt.",
             param=param,
             code="context_length_exceeded",
         )

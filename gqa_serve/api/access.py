@@ -184,6 +184,7 @@ class Cors(CORSMiddleware):
             allow_headers=("*",),
             allow_credentials="*" not in origins,
             expose_headers=EXPOSED_HEADERS,
+            allow_private_network=True,  # a server at home is what a public chat page is to call
         )
 
     def preflight_response(self, request_headers: Headers) -> Response:

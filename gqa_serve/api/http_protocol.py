@@ -11,6 +11,7 @@ Knows no routes. Pass it as `uvicorn.Config(http=HttpProtocol)`. Invariant: unde
 from __future__ import annotations
 
 import http
+import re
 import uuid
 from typing import Any
 
@@ -24,6 +25,7 @@ from gqa_serve.errors import RequestError
 MAX_HEAD_BYTES = 64 * 1024  # of a request's first line and headers; the parser itself has no limit
 ABORT_EXTENSION = "gqa_serve.abort"  # in the ASGI scope's extensions
 _UPGRADE_HEADERS = (b"connection", b"upgrade", b"http2-settings")
+_CLOSE = re.compile(rb"(?:^|,)\s*close\s*(?:,|$)", re.IGNORECASE)
 
 
 class HttpProtocol(HttpToolsProtocol):
@@ -87,18 +89,10 @@ class HttpProtocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         known = self._head_bytes
         self._head_bytes = None if known is None else known + len(data)  # unless the head ends or one begins
+        rest: memoryview | None = memoryview(data)  # slices of it copy nothing, however many offers it holds
         try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade as error:
-            if not self._offers_upgrade():
-                return  # CONNECT: nothing after it can be understood
-            head = [self.parser.get_method() + b" " + self.url + b" HTTP/1.1\r\n"]
-            head += [
-                name + b": " + value + b"\r\n" for name, value in self.headers if name not in _UPGRADE_HEADERS
-            ]
-            rest = data[error.args[0] :]
-            self.parser = httptools.HttpRequestParser(self)
-            self.data_received(b"".join(head) + b"\r\n" + rest)
+            while rest is not None:
+                rest = self._feed(rest)
         except httptools.HttpParserError:
             self.send_400_response("Invalid HTTP request received.")
         else:
@@ -108,12 +102,34 @@ class HttpProtocol(HttpToolsProtocol):
                 )
                 self._refuse(large, http.HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
 
+    def _feed(self, data: memoryview) -> memoryview | None:
+        """Parse `data`; after an offer to upgrade, what follows its head. Raises HttpParserError."""
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as error:
+            if not self._offers_upgrade():
+                return None  # CONNECT: nothing after it can be understood
+            version = self.parser.get_http_version().encode()
+            head = [self.parser.get_method() + b" " + self.url + b" HTTP/" + version]
+            head += [name + b": " + value for name, value in self.headers if name not in _UPGRADE_HEADERS]
+            if any(name == b"connection" and _CLOSE.search(value) for name, value in self.headers):
+                head.append(b"connection: close")
+            self.parser = httptools.HttpRequestParser(self)
+            self.parser.feed_data(b"\r\n".join(head) + b"\r\n\r\n")
+            return data[error.args[0] :]
+        return None
+
     def send_400_response(self, msg: str) -> None:
         """The answer to malformed HTTP; nothing after it can be understood, so the connection closes."""
         self._refuse(RequestError(f"{msg} Send HTTP/1.1.", code="invalid_http"), http.HTTPStatus.BAD_REQUEST)
 
     def _refuse(self, error: RequestError, status: http.HTTPStatus) -> None:
-        if self.cycle is None or self.cycle.response_complete:
+        under_way = [cycle for cycle in self._cycles if not cycle.response_complete]
+        broken = self.cycle is not None and self.cycle.more_body and not self.cycle.response_started
+        if not under_way or (broken and under_way == [self.cycle]):
+            if under_way:  # a request whose body went wrong: what waits for it has nobody to answer
+                self.cycle.disconnected = True
+                self.cycle.message_event.set()
             body = error_json(error)
             head = (
                 f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: application/json\r\n"

@@ -1,8 +1,9 @@
 """From the bytes of a request body to a typed request, refusing what no client means to send.
 
-Owns the body size limit and the JSON rules: UTF-8, one object, at most `MAX_DEPTH` levels, no NaN, Infinity,
-numbers of absurd size or lone surrogates, in unknown fields neither (msgspec's decoder enforces most of that
-where it decodes; this module looks at the rest, and words the errors).
+Owns the body size limit and the JSON rules: UTF-8, one object, at most `MAX_DEPTH` levels and
+`MAX_CONTAINERS` objects and lists, no NaN, Infinity, numbers of absurd size or lone surrogates, in unknown
+fields neither (msgspec's decoder enforces most of that where it decodes; this module looks at the rest, and
+words the errors).
 Knows field types only through the msgspec struct it is given. Invariant: any input ends in a value of that
 struct or in a RequestError whose `param` is the path of the offending field.
 """
@@ -20,6 +21,7 @@ from gqa_serve.api.errors import PayloadTooLargeError, shorten
 from gqa_serve.errors import RequestError
 
 MAX_DEPTH = 64
+MAX_CONTAINERS = 200_000  # objects and lists; decoding millions of them would stop all else for seconds
 LARGE_BODY_BYTES = 128 * 1024  # above this, decoding takes milliseconds and moves to a worker thread
 
 T = TypeVar("T")
@@ -75,6 +77,8 @@ def decode_body(body: bytes, type: type[T]) -> tuple[T, RawFields]:
         raw = msgspec.json.decode(body, type=RawFields)
         if _deeper_than(body, MAX_DEPTH):
             raise too_deep
+        if _more_containers_than(body, MAX_CONTAINERS):
+            raise RequestError(f"The request body holds more than {MAX_CONTAINERS} objects and lists.")
         fields = msgspec.json.decode(body, type=type)
     except RecursionError as error:
         raise too_deep from error
@@ -137,6 +141,14 @@ def _deeper_than(body: bytes, limit: int) -> bool:
             break
         brackets = brackets.replace(b"[]", b"")
     return bool(brackets)
+
+
+def _more_containers_than(body: bytes, limit: int) -> bool:
+    """Whether well-formed JSON has more than `limit` objects and lists."""
+    if body.count(b"[") + body.count(b"{") <= limit:
+        return False
+    plain = _STRING.sub(b"", body)
+    return plain.count(b"[") + plain.count(b"{") > limit
 
 
 def _validation_error(text: str) -> RequestError:

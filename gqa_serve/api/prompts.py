@@ -78,7 +78,7 @@ class Truncation:
         if asked is None:
             return cls()
         if asked == -1:
-            return cls(max(1, max_model_len - max(1, max_tokens)))
+            return cls(max(1, max_model_len - max_tokens))
         if not 1 <= asked <= max_model_len:
             raise RequestError(
                 f"truncate_prompt_tokens must be between 1 and {max_model_len}, or -1 for what fits; "

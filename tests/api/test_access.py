@@ -220,6 +220,13 @@ def test_a_page_that_may_call(guarded: Server) -> None:
     assert (response.status_code, response.headers["access-control-allow-origin"]) == (401, PAGE)
 
 
+def test_a_public_page_may_call_a_server_at_home(guarded: Server) -> None:
+    """Browsers ask for more in the preflight then, and give up where it is refused."""
+    response = preflight(guarded, PAGE, "Access-Control-Request-Private-Network: true")
+    assert response.status_code == 200
+    assert response.headers["access-control-allow-private-network"] == "true"
+
+
 def test_an_answer_to_a_bug_can_be_read_by_the_page(guarded: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(self: ServingContext) -> None:
         raise RuntimeError("a bug")

@@ -107,6 +107,39 @@ def test_a_chunked_body_after_an_offer_to_upgrade(server: Server) -> None:
     assert send(server, post(CHAT, body, *H2C, "Transfer-Encoding: chunked")).status == 200
 
 
+def test_an_offer_of_an_old_client_is_answered_as_to_an_old_client(server: Server) -> None:
+    head, body = read_to_end(server, as_1_0(post(CHAT, STREAM, *H2C)))
+    assert b"transfer-encoding" not in head
+    assert body.endswith(b"data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize("value", ["Upgrade, close", "close,Upgrade", "Upgrade\r\nConnection: Close"])
+def test_an_offer_to_upgrade_may_ask_for_the_end_of_the_connection(server: Server, value: str) -> None:
+    head, body = read_to_end(server, post(CHAT, WHOLE, f"Connection: {value}", "Upgrade: h2c"))
+    assert b"\r\nconnection: close" in head
+    assert json.loads(body)["choices"]
+
+
+def test_any_number_of_offers_in_one_read(server: Server) -> None:
+    """Each is parsed anew, which must not nest: a thousand would exhaust the stack."""
+    count = 1200
+    offers = b"GET /version HTTP/1.1\r\nConnection:Upgrade\r\nUpgrade:x\r\n\r\n" * count
+    with server.connect() as connection, connection.makefile("rb") as stream:
+        connection.sendall(offers)
+        assert [Reply(stream).status for _ in range(count)] == [200] * count
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\nno size\r\n"],
+)
+def test_a_body_that_is_no_http_gets_an_answer(server: Server, engine: FakeEngine, rest: bytes) -> None:
+    head, body = read_to_end(server, f"POST {CHAT} HTTP/1.1\r\nHost: x\r\n".encode() + rest)
+    assert head.startswith(b"http/1.1 400 ")
+    assert json.loads(body)["error"]["code"] == "invalid_http"
+    assert not engine.requests
+
+
 # --- methods -----------------------------------------------------------------------------------------------
 
 

@@ -295,8 +295,9 @@ def test_truncation_keeps_the_end(server: Server, engine: FakeEngine) -> None:
     complete(server, prompt=["abc", "d"], truncate_prompt_tokens=2)
     complete(server, prompt=[7] * (MAX_MODEL_LEN + 9), truncate_prompt_tokens=-1, max_tokens=12)
     complete(server, prompt=[7] * 5, truncate_prompt_tokens=-1)
+    complete(server, prompt=[7] * (MAX_MODEL_LEN + 9), truncate_prompt_tokens=-1, max_tokens=0)
     lengths = [len(request.prompt) for request in engine.requests]
-    assert lengths == [2, 2, 1, MAX_MODEL_LEN - 12, 5]
+    assert lengths == [2, 2, 1, MAX_MODEL_LEN - 12, 5, MAX_MODEL_LEN]
     assert engine.requests[3].params.max_tokens == 12
     reply = server.post(
         "/v1/completions",

@@ -101,7 +101,13 @@ def test_fields_reach_the_engine(server: Server, engine: FakeEngine) -> None:
 def test_a_whole_context_may_be_embedded(server: Server, engine: FakeEngine) -> None:
     assert post(server, input=[1] * MAX_MODEL_LEN).status_code == 200
     assert post(server, input=[1] * (MAX_MODEL_LEN + 5), truncate_prompt_tokens=-1).status_code == 200
-    assert [len(request.prompt) for request in engine.requests] == [MAX_MODEL_LEN, MAX_MODEL_LEN - 1]
+    assert [len(request.prompt) for request in engine.requests] == [MAX_MODEL_LEN, MAX_MODEL_LEN]
+
+
+def test_a_longer_input_is_not_told_of_tokens_to_generate(server: Server) -> None:
+    error = post(server, input=[1] * (MAX_MODEL_LEN + 1)).json()["error"]
+    assert error["code"] == "context_length_exceeded"
+    assert "generate" not in error["message"]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gqa_serve.api.errors import error_json, shorten
-from gqa_serve.api.json_guard import MAX_DEPTH, _deeper_than, decode_body, decode_field
+from gqa_serve.api.json_guard import MAX_CONTAINERS, MAX_DEPTH, _deeper_than, decode_body, decode_field
 from gqa_serve.errors import RequestError
 
 
@@ -57,6 +57,16 @@ def test_depth_limit_counts_the_body_itself(levels: int, fits: bool) -> None:
     else:
         with pytest.raises(RequestError, match="nested more than 64"):
             decode_body(body, Body)
+
+
+@pytest.mark.parametrize("item", [b"[1]", b"{}", b'{"role":"user"}'])
+def test_the_number_of_objects_and_lists_is_limited(item: bytes) -> None:
+    """Millions fit into a body, and decoding them holds the interpreter, so every stream, for seconds."""
+    fitting = MAX_CONTAINERS - 2  # beside the body and the list
+    decode_body(b'{"extra":[' + b",".join([item] * fitting) + b"]}", Body)
+    decode_body(json.dumps({"extra": "[{" * MAX_CONTAINERS}).encode(), Body)
+    with pytest.raises(RequestError, match="more than 200000 objects and lists"):
+        decode_body(b'{"extra":[' + b",".join([item] * (fitting + 1)) + b"]}", Body)
 
 
 @pytest.mark.parametrize(
