@@ -478,8 +478,10 @@ def test_what_coding_agents_send_is_taken(client: openai.OpenAI) -> None:
     )
     assert answer.tools == []  # passed over
     assert answer.parallel_tool_calls is False
-    assert answer.text is not None and answer.text.verbosity == "medium"  # what happened, not what was asked
-    assert answer.reasoning is not None and answer.reasoning.summary == "auto"
+    assert answer.text is not None
+    assert answer.text.verbosity == "medium"  # what happened, not what was asked
+    assert answer.reasoning is not None
+    assert answer.reasoning.summary == "auto"
 
 
 def test_an_unknown_model_and_a_full_queue(client: openai.OpenAI, engine: FakeEngine) -> None:
