@@ -124,14 +124,14 @@ class ApiKeys:
             f"{message} Send it as the header 'Authorization: Bearer KEY' or 'x-api-key: KEY'.",
             code="invalid_api_key",
         )
-        response = _anthropic_401(error) if _is_anthropic(_route_path(scope)) else error_response(error)
+        response = _anthropic_401(error) if is_anthropic(route_path(scope)) else error_response(error)
         response.headers["WWW-Authenticate"] = "Bearer"
         await response(scope, receive, send)
 
     @staticmethod
     def _open(scope: Scope) -> bool:
         """OPTIONS does nothing on any route but tell a browser what it may send, which shows no key yet."""
-        return scope["method"] == "OPTIONS" or _route_path(scope) in OPEN_PATHS
+        return scope["method"] == "OPTIONS" or route_path(scope) in OPEN_PATHS
 
     def _knows(self, shown: Sequence[bytes]) -> bool:
         known = False
@@ -154,13 +154,14 @@ def _shown_keys(scope: Scope) -> list[bytes]:
     return keys[:4]  # more is an attempt to try many at once
 
 
-def _route_path(scope: Scope) -> str:
+def route_path(scope: Scope) -> str:
     """The path as the routes spell it."""
     path: str = scope["path"]
     return path.removeprefix(scope.get("root_path", ""))
 
 
-def _is_anthropic(path: str) -> bool:
+def is_anthropic(path: str) -> bool:
+    """Whether errors of this path are told in Anthropic's shape."""
     return path == ANTHROPIC_PATHS or path.startswith(ANTHROPIC_PATHS + "/")
 
 

@@ -1,25 +1,30 @@
 """The ASGI application: every route, and the one place that wires the API's parts together.
 
 Owns the route table. Does not start or stop the engine (the caller does, or passes a `lifespan` that does).
-Invariant: every response but an SSE stream is JSON, errors in OpenAI's shape included.
+Invariant: every response but an SSE stream is JSON, errors included.
 """
 
 from __future__ import annotations
 
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Lifespan
 
-from gqa_serve.api.access import with_access
+from gqa_serve.api.access import is_anthropic, route_path, with_access
 from gqa_serve.api.anthropic.endpoint import AnthropicMessages
+from gqa_serve.api.anthropic.reply import anthropic_error
 from gqa_serve.api.chat import ChatCompletions
 from gqa_serve.api.chat_format import find_format
 from gqa_serve.api.completions import Completions
 from gqa_serve.api.embeddings import Embeddings
-from gqa_serve.api.errors import EXCEPTION_HANDLERS
+from gqa_serve.api.errors import EXCEPTION_HANDLERS, http_error, on_http_exception
 from gqa_serve.api.openapi.page import Docs
 from gqa_serve.api.request_ids import RequestIds
 from gqa_serve.api.responses.endpoint import Responses
+from gqa_serve.api.responses.protocol import new_id
 from gqa_serve.api.serving import ServingConfig, ServingContext, ServingEngine
 from gqa_serve.api.system import System
 from gqa_serve.api.tokenize import Tokenize
@@ -56,10 +61,23 @@ def create_app(
         chat_format=chat_format,
         end_of_turn_ids=() if end_id is None else (end_id,),
     )
-    app = Starlette(routes=routes(context), exception_handlers=EXCEPTION_HANDLERS, lifespan=lifespan)
+    app = Starlette(
+        routes=routes(context),
+        exception_handlers={**EXCEPTION_HANDLERS, HTTPException: _on_http_exception},
+        lifespan=lifespan,
+    )
     app.router.redirect_slashes = False  # a redirect would answer a typing error with an HTML-less 307
     # Around the application, not inside it: starlette's own answer to a bug comes from its outermost layer.
     return RequestIds(with_access(app, config))
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    """An unknown path or method, in the shape of the API that the path belongs to."""
+    if not is_anthropic(route_path(request.scope)):
+        return await on_http_exception(request, error)
+    response = anthropic_error(http_error(request, error), new_id("msg_"))
+    response.headers.update(getattr(error, "headers", None) or {})
+    return response
 
 
 def routes(context: ServingContext) -> list[Route]:

@@ -91,8 +91,8 @@ async def _on_request_error(request: Request, error: Exception) -> Response:
     return error_response(error)
 
 
-async def _on_http_exception(request: Request, error: Exception) -> Response:
-    """Starlette's own 404 and 405 (and whatever else it raises) in OpenAI's shape."""
+def http_error(request: Request, error: Exception) -> RequestError:
+    """Starlette's own 404 and 405 (and whatever else it raises)."""
     if not isinstance(error, HTTPException):
         raise TypeError(f"expected an HTTPException, got {type(error).__name__}")
     where = f"{request.method} {shorten(request.url.path)}"
@@ -104,9 +104,13 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
         mapped = MethodNotAllowedError(f"{where} is not possible; use {allow}.", code="method_not_allowed")
     else:
         mapped = RequestError(f"{where}: {error.detail}")
-    response = error_response(mapped, dict(error.headers or {}))
-    response.status_code = error.status_code
-    return response
+    mapped.status = error.status_code
+    return mapped
+
+
+async def on_http_exception(request: Request, error: Exception) -> Response:
+    """An unknown path or method, in OpenAI's shape."""
+    return error_response(http_error(request, error), dict(getattr(error, "headers", None) or {}))
 
 
 async def _on_disconnect(request: Request, error: Exception) -> Response:
@@ -121,7 +125,7 @@ async def _on_exception(request: Request, error: Exception) -> Response:
 
 EXCEPTION_HANDLERS: dict[int | type[Exception], ExceptionHandler] = {
     RequestError: _on_request_error,
-    HTTPException: _on_http_exception,
+    HTTPException: on_http_exception,
     ClientDisconnect: _on_disconnect,
     Exception: _on_exception,
 }

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import anthropic
+import httpx2
 import pytest
 from anthropic.types import Message, RawMessageStreamEvent
 from fake_engine import MAX_MODEL_LEN, MODEL, FakeEngine, Script, Server, serving, wait_until
@@ -431,3 +432,21 @@ def test_a_body_too_large() -> None:
         opened = anthropic.Anthropic(base_url=running.url, api_key="none", max_retries=0)
         error = refusal(opened, messages=[{"role": "user", "content": "x" * 3000}])
     assert (error.status_code, detail(error)[0]) == (413, "request_too_large")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/v1/messages", 405),
+        ("GET", "/v1/messages/count_tokens", 405),
+        ("POST", "/v1/messages/x", 404),
+    ],
+)
+def test_wrong_methods_and_paths_are_told_in_anthropics_shape(
+    server: Server, method: str, path: str, status: int
+) -> None:
+    answer = httpx2.request(method, server.url + path)
+    assert answer.status_code == status
+    assert answer.json()["type"] == "error"
+    assert answer.json()["error"]["type"] == ("not_found_error" if status == 404 else "invalid_request_error")
+    assert ("allow" in answer.headers) == (status == 405)

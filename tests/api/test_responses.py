@@ -414,10 +414,10 @@ def test_a_schema_that_cannot_be_enforced_is_refused(client: openai.OpenAI, engi
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"top_logprobs": 30, "include": ["message.output_text.logprobs"]}, "top_logprobs"),
         ({"truncation": "some"}, "truncation"),
-        ({"text": {"verbosity": "high"}}, "text.verbosity"),
+        ({"text": {"verbosity": "chatty"}}, "text.verbosity"),
         ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
         ({"text": {"format": {"type": "json_schema", "name": "n"}}}, "text.format.schema"),
-        ({"reasoning": {"summary": "detailed"}}, "reasoning.summary"),
+        ({"reasoning": {"summary": "rhyming"}}, "reasoning.summary"),
         ({"reasoning": {"effort": "high"}}, "reasoning.effort"),
         ({"reasoning": {"effort": "enormous"}}, "reasoning.effort"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
@@ -465,9 +465,9 @@ def test_what_coding_agents_send_is_taken(client: openai.OpenAI) -> None:
             background=False,
             tool_choice="auto",
             parallel_tool_calls=False,
-            reasoning={"summary": "auto"},
+            reasoning={"summary": "detailed"},
             include=["reasoning.encrypted_content"],
-            text={"verbosity": "medium", "format": {"type": "text"}},
+            text={"verbosity": "low", "format": {"type": "text"}},
             tools=[
                 {"type": "web_search"},
                 {"type": "custom", "name": "apply_patch"},
@@ -478,6 +478,10 @@ def test_what_coding_agents_send_is_taken(client: openai.OpenAI) -> None:
     )
     assert answer.tools == []  # passed over
     assert answer.parallel_tool_calls is False
+    assert answer.text is not None
+    assert answer.text.verbosity == "medium"  # what happened, not what was asked
+    assert answer.reasoning is not None
+    assert answer.reasoning.summary == "auto"
 
 
 def test_an_unknown_model_and_a_full_queue(client: openai.OpenAI, engine: FakeEngine) -> None:

@@ -311,7 +311,7 @@ class TextEcho(msgspec.Struct):
     """The text options, as the response repeats them."""
 
     format: TextFormat
-    verbosity: str = "medium"
+    verbosity: str = "medium"  # whatever was asked for: the model writes as it was trained to
 
 
 class ResponseObject(msgspec.Struct, kw_only=True):

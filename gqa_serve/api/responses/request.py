@@ -89,8 +89,8 @@ def check_fields(fields: ResponsesRequest) -> None:
         raise RequestError('truncation must be "auto" or "disabled".', param="truncation")
     if fields.max_tool_calls is not None and fields.max_tool_calls < 1:
         raise RequestError("max_tool_calls must be at least 1.", param="max_tool_calls")
-    if fields.text is not None and fields.text.verbosity not in (None, "medium"):
-        raise _unsupported("text.verbosity", "this model writes as it was trained to", "medium")
+    if fields.text is not None and fields.text.verbosity not in (None, "low", "medium", "high"):
+        raise RequestError('text.verbosity must be "low", "medium" or "high".', param="text.verbosity")
     _check_reasoning(fields.reasoning or ReasoningConfig())
     metadata = fields.metadata or {}
     if len(metadata) > MAX_METADATA or any(
@@ -115,8 +115,10 @@ def check_include(include: list[str] | None) -> None:
 
 def _check_reasoning(reasoning: ReasoningConfig) -> None:
     for name in ("summary", "generate_summary"):
-        if getattr(reasoning, name) not in (None, "auto"):
-            raise _unsupported(f"reasoning.{name}", "reasoning is shown as it is, not summarized", "auto")
+        if getattr(reasoning, name) not in (None, "auto", "concise", "detailed"):
+            raise RequestError(
+                f'reasoning.{name} must be "auto", "concise" or "detailed".', param=f"reasoning.{name}"
+            )
     if reasoning.context not in (None, "auto"):
         raise _unsupported("reasoning.context", "the chat template decides what is kept", "auto")
     if reasoning.mode not in (None, "standard"):
@@ -264,7 +266,7 @@ def response_object(
         parallel_tool_calls=fields.parallel_tool_calls is not False,
         previous_response_id=fields.previous_response_id,
         prompt_cache_key=fields.prompt_cache_key,
-        reasoning=ReasoningEcho(chat.reasoning_effort, reasoning.summary),
+        reasoning=ReasoningEcho(chat.reasoning_effort, reasoning.summary and "auto"),  # all is shown
         safety_identifier=fields.safety_identifier,
         text=TextEcho(text_format(fields)),
         tool_choice=_choice_echo(choice),
