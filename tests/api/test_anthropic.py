@@ -368,7 +368,7 @@ CALL = {"type": "tool_use", "id": "t", "name": "weather", "input": {}}
         ({"thinking": {"type": "enabled", "budget_tokens": 10}}, "thinking.budget_tokens"),
         ({"thinking": {"type": "enabled"}}, "thinking.budget_tokens"),
         ({"thinking": {"type": "deep"}}, "thinking.type"),
-        ({"output_config": {"effort": "low"}}, "output_config.effort"),
+        ({"output_config": {"effort": "least"}}, "output_config.effort"),
         ({"output_config": {"format": {"type": "xml"}}}, "output_config.format.type"),
         ({"output_config": {"format": IMPOSSIBLE}}, "output_config.format.schema"),
         ({"extra_body": {"output_format": IMPOSSIBLE}}, "output_format.schema"),
@@ -396,7 +396,7 @@ def test_what_claude_code_sends_is_taken(client: anthropic.Anthropic) -> None:
         metadata={"user_id": "u"},
         service_tier="auto",
         thinking={"type": "adaptive"},
-        output_config={"effort": "high"},
+        output_config={"effort": "medium"},
         extra_query={"beta": "true"},
         extra_body={"context_management": keep, "unheard_of": 1, "stop_sequences": None},
     )

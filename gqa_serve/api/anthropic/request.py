@@ -133,7 +133,7 @@ def _choice(fields: CountRequest) -> dict[str, Any]:
 def _tool(tool: MessageTool, where: str) -> Tool:
     if tool.type not in (None, "custom"):
         raise RequestError(
-            f"{where}: tools of type {shorten(tool.type)!r} are Anthropic's own and not run here; describe a "
+            f"Tools of type {shorten(tool.type)!r} are Anthropic's own and not run here; describe a "
             "tool of yours by name and input_schema.",
             param=f"{where}.type",
             code="unsupported_parameter",
@@ -192,8 +192,8 @@ def _output(fields: CountRequest, template: ChatTemplate) -> dict[str, Any]:
                 f"output_config.effort must be one of {', '.join(_EFFORTS)}; got {shorten(config.effort)!r}.",
                 param="output_config.effort",
             )
-        # "high" is Anthropic's default: where a template knows no effort, it asks for what happens anyway.
-        if config.effort != "high" or template.reads_variable("reasoning_effort"):
+        # A wish, which agents send with every request: where a template knows no effort, nothing can be done.
+        if template.reads_variable("reasoning_effort"):
             values["reasoning_effort"] = _EFFORTS[config.effort]
     if config is not None and config.format is not None:
         values["response_format"] = _format(config.format, "output_config.format")
