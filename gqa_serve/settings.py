@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, TypeVar
 from gqa_serve.errors import ConfigError
 
 ENV_PREFIX = "GQA_SERVE_"
+_NO_SETTINGS = (ENV_PREFIX + "CONFIG", ENV_PREFIX + "REQUIRE_NATIVE")  # a file of them; for builds
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
@@ -235,7 +236,7 @@ def _from_env(environ: Mapping[str, str], known: _Known) -> dict[str, _Raw]:
     result: dict[str, _Raw] = {}
     for key, value in environ.items():
         # Compose files and shells pass an unset variable on as an empty one.
-        if not key.startswith(ENV_PREFIX) or key == ENV_PREFIX + "CONFIG" or not value:
+        if not key.startswith(ENV_PREFIX) or key in _NO_SETTINGS or not value:
             continue
         name, negated = _setting_name(key.removeprefix(ENV_PREFIX).lower(), known)
         if name not in known:

@@ -9,8 +9,9 @@ refused, with `strict` and without.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
+import anyio
 import anyio.to_thread
 import msgspec
 
@@ -27,6 +28,10 @@ from gqa_serve.engine.grammars import (
 )
 from gqa_serve.engine.tokenizer import Tokenizer
 from gqa_serve.errors import RequestError
+
+T = TypeVar("T")
+
+_limiter = anyio.CapacityLimiter(4)
 
 RESPONSE_FORMATS = ("text", "json_object", "json_schema")
 
@@ -45,7 +50,13 @@ async def structured_grammar(fields: SamplingFields, tokenizer: Tokenizer) -> st
             param=asked[1][0],
         )
     ((param, make),) = asked
-    return await anyio.to_thread.run_sync(make_grammar, param, make, tokenizer)
+    return await compiling(lambda: make_grammar(param, make, tokenizer))
+
+
+async def compiling(work: Callable[[], T]) -> T:
+    """`work()`, which checks grammars, in a worker thread: in few at a time, since it may take seconds and
+    other work (bodies, templates, tokenizing) needs threads too."""
+    return await anyio.to_thread.run_sync(work, limiter=_limiter)
 
 
 def make_grammar(param: str, make: Callable[[], str], tokenizer: Tokenizer) -> str:

@@ -246,7 +246,7 @@ class Engine:
             forced = []
             for token in constraint.forced():
                 if self._is_banned(request, token):
-                    break  # by min_tokens; there will be no token to choose
+                    break  # there will be no token to choose
                 forced.append(token)
                 request.tokens.append(token)
                 request.num_tokens += 1
@@ -418,9 +418,12 @@ class Engine:
         return token in params.stop_token_ids or (ends and not params.ignore_eos)
 
     def _is_banned(self, request: Request, token: int) -> bool:
-        """Whether min_tokens keeps `token` from being the next."""
+        """Whether the sampler would refuse `token` as the next, whatever the constraint says."""
         params = request.params
-        return request.num_output_tokens < params.min_tokens and token in params.stop_token_ids
+        if params.allowed_token_ids is not None and token not in params.allowed_token_ids:
+            return True
+        ends = (*params.stop_token_ids, *request.spec.end_token_ids)
+        return request.num_output_tokens < params.min_tokens and token in ends
 
     def _output(self, request: Request, sample: Sample | None = None) -> TokenOutput:
         output = TokenOutput(request_id=request.request_id, num_cached_tokens=request.num_cached_tokens)

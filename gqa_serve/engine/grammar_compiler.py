@@ -110,6 +110,11 @@ class GrammarCompiler:
             raise GrammarError(str(found))
         return found.deep_copy()
 
+    def find(self, grammar: str) -> LLMatcher | None:
+        """A matcher at the beginning of `grammar` if that was compiled before, without waiting."""
+        found = self._find(grammar)
+        return found.deep_copy() if isinstance(found, LLMatcher) else None
+
     def _find(self, grammar: str) -> LLMatcher | GrammarError | None:
         with self._lock:
             if grammar in self._made:
@@ -163,13 +168,15 @@ def _explain(message: str) -> str:
 def _on_large_stack(work: Callable[[], T]) -> T:
     """`work()` in a thread of its own. Raises what it raises."""
     result: list[T] = []
-    failure: list[BaseException] = []
+    failure: list[Exception] = []
 
     def run() -> None:
         try:
             result.append(work())
-        except BaseException as error:
+        except Exception as error:
             failure.append(error)
+        except BaseException as error:  # a panic of native code is no Exception, and nobody catches it
+            failure.append(RuntimeError(f"The compiler of grammars failed: {error}"))
 
     thread = threading.Thread(target=run, name="grammar")
     with _stack_size_lock:

@@ -8,8 +8,10 @@ there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
 
 _MAX_MASK_THREADS = 4
+
+logger = logging.getLogger(__name__)
 
 
 class GrammarConstraint:
@@ -45,12 +49,15 @@ class GrammarConstraint:
 
     def append(self, tokens: Sequence[int]) -> None:
         """`tokens` were added to the output. Raises ConstraintError if they may not be there."""
-        if not self._matcher.consume_tokens(list(tokens)):
+        with _native():
+            followed = self._matcher.consume_tokens(list(tokens))
+        if not followed:
             raise ConstraintError(_failure(self._matcher))
 
     def forced(self) -> list[int]:
-        """Tokens that must come next."""
-        return self._matcher.compute_ff_tokens()
+        """Tokens that must come next. Raises ConstraintError."""
+        with _native():
+            return self._matcher.compute_ff_tokens()
 
     def mask(self) -> bytes:
         """Which tokens may come next, once that is computed; no bits and an `error` after a failure."""
@@ -60,10 +67,16 @@ class GrammarConstraint:
 
     def compute(self, avoid_end: bool) -> None:
         """What `mask` returns; in a mask thread."""
-        bits = self._matcher.compute_bitmask()
+        self._bits = b""
+        try:
+            with _native():
+                bits = self._matcher.compute_bitmask()
+        except ConstraintError as error:
+            self.error = str(error)
+            return
         if self._matcher.is_error():
             self.error = _failure(self._matcher)
-            bits = b""
+            return
         self._bits = self._without_end(bits) if avoid_end else bits
 
     def await_mask(self, computed: Future[None]) -> None:
@@ -102,8 +115,16 @@ class GrammarService:
         return cls(load, eos_token_ids)
 
     def begin(self, grammar: str) -> Future[Constraint]:
-        """A constraint at the beginning of an output; the future raises ConstraintError."""
-        return self._compiling.submit(self._begin, grammar)
+        """A constraint at the beginning of an output; the future raises ConstraintError.
+
+        A grammar that was compiled before does not wait for others that are being compiled.
+        """
+        made = self._compiler.find(grammar) if self._compiler is not None else None
+        if made is None:
+            return self._compiling.submit(self._begin, grammar)
+        done: Future[Constraint] = Future()
+        done.set_result(GrammarConstraint(made, self._eos))
+        return done
 
     def prepare(self, constraints: Sequence[tuple[Constraint, bool]]) -> None:
         """Compute the masks of `constraints`, all of which are this service's, in the mask threads."""
@@ -123,6 +144,19 @@ class GrammarService:
             return GrammarConstraint(self._compiler.compile(grammar), self._eos)
         except (GrammarError, ModelError) as error:
             raise ConstraintError(str(error)) from error
+        except Exception as error:  # no thread, no memory, no file: this request's end, not the engine's
+            logger.exception("A grammar could not be compiled.")
+            raise ConstraintError("The engine could not compile this grammar; its log says why.") from error
+
+
+@contextmanager
+def _native() -> Iterator[None]:
+    """What llguidance raises inside, its panics included, is a ConstraintError: one request's end."""
+    try:
+        yield
+    except BaseException as error:  # a panic of native code is no Exception
+        logger.exception("A grammar could not be followed.")
+        raise ConstraintError("The engine could not follow this grammar; its log says why.") from error
 
 
 def _compute(constraints: Sequence[tuple[GrammarConstraint, bool]]) -> None:

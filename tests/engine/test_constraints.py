@@ -3,8 +3,9 @@ of sampling one by one, and nobody waits for another's grammar."""
 
 from __future__ import annotations
 
+import msgspec
 import pytest
-from fake_runner import EOS, assert_conserved, expected, make_engine, request, run, tokens_of
+from fake_runner import EOS, VOCAB, assert_conserved, expected, make_engine, request, run, tokens_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_constraints import ToyService, allowed
@@ -21,9 +22,10 @@ def lookahead(request: pytest.FixtureRequest) -> bool:
 
 
 def serve(lookahead: bool, *, forcing: bool = True, **params: object) -> tuple[list[TokenOutput], int]:
-    """Outputs of one request, and the steps it took."""
+    """Outputs of one request, and the steps it took. All but `end_token_ids` are sampling parameters."""
     engine = make_engine(lookahead, constraints=ToyService(forcing=forcing))
-    engine.add(request("a", PROMPT, **params))
+    ends = params.pop("end_token_ids", ())
+    engine.add(msgspec.structs.replace(request("a", PROMPT, **params), end_token_ids=ends))
     outputs = run(engine)["a"]
     assert_conserved(engine)
     return outputs, len(engine.runner.plans)
@@ -44,6 +46,8 @@ def ending(outputs: list[TokenOutput]) -> tuple[list[int], object]:
     min_tokens=st.integers(0, 8),
     ignore_eos=st.booleans(),
     stops=st.booleans(),
+    ends=st.booleans(),
+    allows=st.booleans(),
     temperature=st.sampled_from([0.0, 1.0]),
 )
 def test_forced_tokens_change_nothing_but_the_number_of_steps(
@@ -54,6 +58,8 @@ def test_forced_tokens_change_nothing_but_the_number_of_steps(
     min_tokens: int,
     ignore_eos: bool,
     stops: bool,
+    ends: bool,
+    allows: bool,
     temperature: float,
 ) -> None:
     params = {
@@ -62,9 +68,12 @@ def test_forced_tokens_change_nothing_but_the_number_of_steps(
         "min_tokens": min(min_tokens, max_tokens),
         "ignore_eos": ignore_eos,
         "stop_token_ids": list(range(4, 20)) if stops else [],
+        "end_token_ids": tuple(range(20, 30)) if ends else (),
         "temperature": temperature,
         "seed": 7,
     }
+    if allows:
+        params |= {"allowed_token_ids": [EOS, *range(4, VOCAB, 2)], "min_tokens": 0}
     fast, few = serve(lookahead, **params)
     slow, many = serve(lookahead, forcing=False, **params)
     assert ending(fast) == ending(slow)

@@ -6,9 +6,8 @@ the tool at fault. Knows no templates. Invariant: None means that any text will 
 
 from __future__ import annotations
 
-import anyio.to_thread
-
 from gqa_serve.api.serving import ServingContext
+from gqa_serve.api.structured_fields import compiling
 from gqa_serve.api.thinking import Thinking
 from gqa_serve.api.tools.choice import ToolPlan
 from gqa_serve.engine.grammars import blaming, check_grammar, json_schema_grammar
@@ -22,14 +21,14 @@ async def answer_grammar(
     if plan is None:
         grammar = text_grammar
     elif plan.is_enforced or text_grammar is not None:
-        grammar = await anyio.to_thread.run_sync(_tool_grammar, context, plan, text_grammar)
+        grammar = await compiling(lambda: _tool_grammar(context, plan, text_grammar))
     else:
         grammar = None
     if grammar is None or thinking is None:
         return grammar
     grammar = thinking.before(grammar)
     param = "tools" if plan is not None else "response_format"
-    await anyio.to_thread.run_sync(lambda: check_grammar(grammar, context.tokenizer, param=param))
+    await compiling(lambda: check_grammar(grammar, context.tokenizer, param=param))
     return grammar
 
 
