@@ -13,8 +13,14 @@ import pytest
 import gqa_serve
 
 ROOT = Path(gqa_serve.__file__).parent
-NO_TORCH = ["block_pool", "kv_manager", "scheduler", "request", "wire", "client", "process", "model_config"]
-NO_TEXT = ["core", "scheduler", "sampler", "kv_manager", "block_pool", "batch", "model_runner", "process"]
+NO_TORCH = [
+    "block_pool", "kv_manager", "scheduler", "request", "wire", "client", "process", "model_config",
+    "constraints", "constrained", "structured", "grammars",
+]  # fmt: skip
+NO_TEXT = [
+    "core", "scheduler", "sampler", "kv_manager", "block_pool", "batch", "model_runner", "process",
+    "constraints", "constrained",
+]  # fmt: skip
 TEXT = {"tokenizer", "detokenizer", "chat_template", "stop_strings", "chat_messages", "gguf_tokenizer"}
 
 

@@ -30,7 +30,6 @@ import logging
 import random
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -38,7 +37,8 @@ import numpy as np
 
 from gqa_serve.engine.batch import PlanRow, StepPlan
 from gqa_serve.engine.block_pool import BlockPool
-from gqa_serve.engine.constraints import Constraint, ConstraintError, ConstraintService
+from gqa_serve.engine.constrained import ConstrainedRequests
+from gqa_serve.engine.constraints import ConstraintError, ConstraintService
 from gqa_serve.engine.kv_manager import KVManager
 from gqa_serve.engine.request import EngineRequest, FinishReason, ModelInfo, Request, TokenOutput
 from gqa_serve.engine.sampler import (
@@ -61,7 +61,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_CONSTRAINT_PATIENCE_S = 0.02  # how long a step with nothing else to do waits for a constraint
 _NOT_FINITE = "The hidden states of this request are not finite."
 _FEW_REQUESTS = 8
 _NO_TOKEN = "The logits of this request are not finite, or its parameters leave no token to choose."
@@ -124,11 +123,7 @@ class Engine:
         self, runner: Runner, config: EngineConfig, constraints: ConstraintService | None = None
     ) -> None:
         self.runner = runner
-        self._constraints = constraints
-        self._unconstrained: dict[str, tuple[Request, Future[Constraint]]] = {}
-        """Requests whose constraint is being made."""
-        self._changed: list[tuple[Constraint, bool]] = []
-        """Constraints whose masks nobody computes yet, and whether their ends are to be avoided."""
+        self._constrained = ConstrainedRequests(constraints)
         self.info = runner.info
         limits = SchedulerLimits(config.max_num_seqs, config.max_num_batched_tokens)
         kv = KVManager(BlockPool(self.info.num_blocks, self.info.block_size))
@@ -146,7 +141,7 @@ class Engine:
     @property
     def num_requests(self) -> int:
         """Requests that have not ended."""
-        return len(self.scheduler) + len(self._unconstrained)
+        return len(self.scheduler) + len(self._constrained)
 
     @property
     def has_work(self) -> bool:
@@ -159,14 +154,12 @@ class Engine:
         seed = self._seeds.getrandbits(63) if spec.params.seed is None else spec.params.seed
         request = Request(spec, self._arrivals, seed, self.info.max_model_len)
         self._arrivals += 1
-        if self._constraints is None or spec.params.grammar is None or spec.params.max_tokens == 0:
+        if not self._constrained.add(request):
             self.scheduler.add(request)
-        else:
-            self._unconstrained[spec.request_id] = request, self._constraints.begin(spec.params.grammar)
 
     def abort(self, request_id: str) -> bool:
         """End a request at once, freeing its blocks, without an output. False if it has ended already."""
-        if self._unconstrained.pop(request_id, None) is not None:
+        if self._constrained.discard(request_id):
             return True
         self.sampler.forget(request_id)
         return self.scheduler.remove(request_id) is not None
@@ -176,7 +169,7 @@ class Engine:
         outputs = self._admit_constrained()
         if any(request.needs_last_token for step in self._in_flight for request in step.sampling):
             outputs += self._collect()
-        self._prepare_masks()
+        self._constrained.prepare_masks()
         scheduled = self.scheduler.schedule()
         failure: Exception | None = None
         if scheduled:
@@ -193,17 +186,16 @@ class Engine:
             outputs += self._collect()
         if failure is not None:
             outputs += self._fail(scheduled, failure)
-        self._prepare_masks()
+        self._constrained.prepare_masks()
         return outputs
 
     def _check(self, spec: EngineRequest) -> None:
-        if self.scheduler.get(spec.request_id) is not None or spec.request_id in self._unconstrained:
+        if self.scheduler.get(spec.request_id) is not None or spec.request_id in self._constrained:
             raise RequestError(f"Request id {spec.request_id!r} is in use.")
-        if spec.params.grammar is not None and self._constraints is None:
-            raise RequestError("This engine has no grammars.", param="grammar")
         if not spec.prompt:
             raise RequestError("The prompt is empty.", param="prompt")
         spec.params.validate(self.info.vocab_size)
+        self._constrained.check(spec.params)
         if spec.pooling is not None and spec.params.max_tokens != 0:
             raise RequestError("A request for pooling generates nothing: max_tokens must be 0.")
         if not all(0 <= token < self.info.vocab_size for token in spec.prompt):
@@ -216,23 +208,16 @@ class Engine:
 
     def _admit_constrained(self) -> list[TokenOutput]:
         """Hand requests to the scheduler whose constraints are there; outputs of those that end by it."""
-        if not self._unconstrained:
-            return []
-        if len(self.scheduler) == 0 and not self._in_flight:
-            futures = [future for _, future in self._unconstrained.values()]
-            wait(futures, timeout=_CONSTRAINT_PATIENCE_S, return_when=FIRST_COMPLETED)
         outputs = []
-        for request, future in list(self._unconstrained.values()):
-            if future.done():
-                del self._unconstrained[request.request_id]
-                self.scheduler.add(request)
-                try:
-                    request.constraint = future.result()
-                    end = self._follow(request)
-                except ConstraintError as error:
-                    end = _Ending("error", error=str(error))
-                if end is not None:
-                    outputs.append(self._end(request, end))
+        for request, error in self._constrained.take(idle=len(self.scheduler) == 0 and not self._in_flight):
+            self.scheduler.add(request)
+            end: _Ending | None
+            try:
+                end = self._follow(request) if error is None else _Ending("error", error=error)
+            except ConstraintError as failure:
+                end = _Ending("error", error=str(failure))
+            if end is not None:
+                outputs.append(self._end(request, end))
         return outputs
 
     def _follow(self, request: Request) -> _Ending | None:
@@ -260,7 +245,7 @@ class Engine:
             return _Ending("stop")
         params = request.params
         avoid_end = params.ignore_eos or len(request.tokens) - request.num_prompt_tokens < params.min_tokens
-        self._changed.append((constraint, avoid_end))
+        self._constrained.moved_on(constraint, avoid_end=avoid_end)
         return None
 
     def _takes_forced_tokens(self, request: Request) -> bool:
@@ -271,13 +256,6 @@ class Engine:
         """
         few = self.runner.lookahead or len(self.scheduler.running) <= _FEW_REQUESTS
         return request.takes_forced_tokens and (few or request.num_output_tokens == 0)
-
-    def _prepare_masks(self) -> None:
-        """Have the masks computed that changed, beside what the engine does next."""
-        if self._changed:
-            assert self._constraints is not None
-            self._constraints.prepare(self._changed)
-            self._changed = []
 
     def _launch(self, scheduled: Scheduled) -> _Step:
         """Tell the device to run the model over the plan and to sample. Changes no request if it raises."""

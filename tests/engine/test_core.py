@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 from toy_constraints import ToyService
 
-from gqa_serve.engine import core
+from gqa_serve.engine import constrained, core
 from gqa_serve.engine.request import Request, SamplingParams, TokenOutput
 from gqa_serve.engine.sampler import Sample
 from gqa_serve.errors import ContextLengthError, RequestError
@@ -663,7 +663,7 @@ KINDS: dict[str, dict[str, object]] = {
 
 @pytest.fixture(autouse=True)
 def _no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(core, "_CONSTRAINT_PATIENCE_S", 0.0)
+    monkeypatch.setattr(constrained, "PATIENCE_S", 0.0)
 
 
 @functools.cache
@@ -771,7 +771,7 @@ class EngineMachine(RuleBasedStateMachine):
         assert_conserved(self.engine)
         scheduler = self.engine.scheduler
         here = [r.request_id for r in scheduler.waiting + scheduler.running]
-        here += self.engine._unconstrained
+        here += self.engine._constrained._waiting
         assert sorted(here) == sorted(self.open)
 
     @invariant()
