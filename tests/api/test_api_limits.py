@@ -159,7 +159,7 @@ def test_reasoning_effort_is_refused_where_nothing_reads_it(server: Server, effo
         ("{{ reasoning_effort | default('-') }}", "high", b"high"),
         ("{{ reasoning_effort | default('-') }}", None, b"-"),
         ("{{ reasoning_effort | default('-') }}", "max", None),
-        ("{{ enable_thinking }}", "none", None),
+        ("{{ enable_thinking }}", "none", b"False"),
         ("{{ enable_thinking }}", "low", None),
     ],
 )
