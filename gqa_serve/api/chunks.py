@@ -6,6 +6,7 @@ chunk holds, a subclass knows. Invariant: `[DONE]` ends every stream, also one t
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -20,7 +21,7 @@ _DONE = b"data: [DONE]\n\n"
 _encode = msgspec.json.Encoder().encode
 
 
-class ChunkReply:
+class ChunkReply(ABC):
     """A `Reply` whose stream is a series of chunks: msgspec structs with a `usage` field."""
 
     def __init__(self, job: Job) -> None:
@@ -35,13 +36,13 @@ class ChunkReply:
         """Chunks before any text."""
         return []
 
+    @abstractmethod
     def chunks(self, event: TextEvent) -> list[Any]:
         """Chunks for one event; none if it says nothing a client can see."""
-        raise NotImplementedError
 
+    @abstractmethod
     def usage_chunk(self) -> Any:
         """The chunk with no choices that carries the usage."""
-        raise NotImplementedError
 
     def opening(self, usage: Callable[[], Usage]) -> bytes:
         """The first chunks."""

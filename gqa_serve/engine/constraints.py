@@ -27,7 +27,10 @@ class Constraint(Protocol):
         """`tokens` were added to the output. Raises ConstraintError if they may not be there."""
 
     def forced(self) -> list[int]:
-        """Tokens that must come next: what sampling them one by one under the masks would give."""
+        """Tokens that must come next: what sampling them one by one under the masks would give.
+
+        Raises ConstraintError.
+        """
 
     def mask(self) -> bytes:
         """Which tokens may come next: bit i % 8 of byte i // 8, there being none beyond the last byte.

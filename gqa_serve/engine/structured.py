@@ -154,6 +154,8 @@ def _native() -> Iterator[None]:
     """What llguidance raises inside, its panics included, is a ConstraintError: one request's end."""
     try:
         yield
+    except (KeyboardInterrupt, SystemExit):  # somebody wants to stop, offline
+        raise
     except BaseException as error:  # a panic of native code is no Exception
         logger.exception("A grammar could not be followed.")
         raise ConstraintError("The engine could not follow this grammar; its log says why.") from error

@@ -41,6 +41,18 @@ def test_a_panic_is_the_end_of_one_request(caplog: pytest.LogCaptureFixture) -> 
     assert "index out of bounds" in caplog.text
 
 
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
+def test_whoever_wants_to_stop_is_heard(stop: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
+    matcher = PanickingMatcher()
+
+    def interrupted(tokens: list[int]) -> bool:
+        raise stop
+
+    monkeypatch.setattr(matcher, "consume_tokens", interrupted)
+    with pytest.raises(stop):
+        constraint(matcher).append([1])
+
+
 def test_a_panic_in_a_mask_thread_leaves_the_masks_of_others() -> None:
     service = GrammarService(fake_tokenizer, [IM_END])
     whole = service.begin(choice_grammar(["a"])).result(20)
