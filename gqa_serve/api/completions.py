@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 
-import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -58,7 +57,7 @@ class Completions:
         grammar = await structured_grammar(fields, context.tokenizer)
         params = self._params(fields, info, grammar, ranks=candidates > n)
         prompts = await self._encode(fields, info, params, markers)
-        engine_params = params if markers is None else _ending_with(params, markers, info.vocab_size)
+        ends = () if markers is None else sorted(id for id in markers.end_ids if id < info.vocab_size)
         job = Job.new(
             "cmpl",
             kind="completion",
@@ -67,10 +66,10 @@ class Completions:
             fields=fields,
             prompts=[prompt.ids for prompt in prompts],
             params=[
-                engine_params.fit(len(prompt.ids), info.max_model_len, param=prompt.param)
-                for prompt in prompts
+                params.fit(len(prompt.ids), info.max_model_len, param=prompt.param) for prompt in prompts
             ],
             n=candidates,
+            end_ids=tuple(ends),
         )
         return await answer(request, context, CompletionReply(context, job, prompts, fields, n))
 
@@ -150,16 +149,6 @@ class Completions:
         return await encode_prompts(items, tokenizer, info, encode, truncation, extra_chars=len(suffix))
 
 
-def _ending_with(params: SamplingParams, markers: FillInMiddle, vocab_size: int) -> SamplingParams:
-    """`params` that stop where a model stops filling in; with `ignore_eos` nothing of the kind stops it."""
-    if params.ignore_eos:
-        return params
-    ends = {*params.stop_token_ids, *(token for token in markers.end_ids if token < vocab_size)}
-    ending = msgspec.structs.replace(params, stop_token_ids=sorted(ends))
-    ending.validate(vocab_size)  # together they may be too many
-    return ending
-
-
 def _mean_logprob(event: TextEvent) -> float:
     """Log-probability per generated token, the one that ended the text included."""
     entries = [*(event.logprobs or []), *([event.stop_logprobs] if event.stop_logprobs else [])]
@@ -194,7 +183,7 @@ class CompletionReply(ChunkReply):
         prompt = self._prompts[event.index // self.job.n]
         piece = TextChoice(event.text, event.index, self._logprobs(event, prompt), event.finish_reason)
         if event.finish_reason is not None:
-            piece.stop_reason = self._stop_reason(event)
+            piece.stop_reason = event.stop_reason
         if fields.return_token_ids:
             piece.token_ids = event.token_ids
         if not event.is_first:
@@ -212,11 +201,6 @@ class CompletionReply(ChunkReply):
                 as_ids=self._as_ids,
             )
         return piece
-
-    def _stop_reason(self, event: TextEvent) -> str | int | None:
-        """The request's own stop that matched; one that comes with filling in is the end of the text."""
-        asked = isinstance(event.stop_reason, str) or event.stop_reason in (self._fields.stop_token_ids or [])
-        return event.stop_reason if asked else None
 
     def _prompt_text(self, prompt: PromptInput) -> str:
         if prompt.text is not None:

@@ -139,19 +139,23 @@ def test_a_suffix_is_filled_in(coding: Server) -> None:
     (request,) = coding.engine.requests
     # what spells a marker in the text is text
     assert request.prompt == [258, *b"a=", 259, *b"\n<|fim_middle|>", 260]
-    assert request.params.stop_token_ids == [258, 259, 260, 261]
+    assert request.end_token_ids == (258, 259, 260, 261)
+    assert request.params.stop_token_ids == []
     assert answer["usage"]["prompt_tokens"] == len(request.prompt)
 
 
 def test_what_ends_the_middle_ends_the_text_and_nothing_else(coding: Server) -> None:
     engine = coding.engine
     coded(coding, prompt="a", suffix="b", ignore_eos=True)
+    assert engine.requests[0].params.ignore_eos  # of which the engine makes that nothing ends it
     assert engine.requests[0].params.stop_token_ids == []
     coded(coding, prompt="a", suffix="b", echo=True, stop_token_ids=[NEWLINE])
-    assert engine.requests[0].params.stop_token_ids == [NEWLINE, 258, 259, 260, 261]
+    assert engine.requests[0].params.stop_token_ids == [NEWLINE]
+    assert engine.requests[0].end_token_ids == (258, 259, 260, 261)
     coded(coding, prompt="a", suffix="")
     assert engine.requests[0].prompt == [97]
     assert engine.requests[0].params.stop_token_ids == []
+    assert engine.requests[0].end_token_ids == ()
     answer = coded(coding, prompt=["a", "b"], suffix="c", n=2, echo=True)
     assert [choice["text"][0] for choice in answer["choices"]] == ["a", "a", "b", "b"]
 
