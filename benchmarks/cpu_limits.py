@@ -1,8 +1,8 @@
 """What this machine can do at most, and how a measurement compares with it.
 
-Owns the limits (read bandwidth; float32, int8 and bfloat16 peak; measured by loops in the native module) and
-the table of results. A machine's speed drifts, so limits are measured before and after each part of a run,
-and a part is compared with the better of the two.
+Owns the table of results; the limits (read bandwidth; float32, int8 and bfloat16 peak; measured by loops in
+the native module) are the workbench's. A machine's speed drifts, so limits are measured before and after each
+part of a run, and a part is compared with the better of the two.
 """
 
 from __future__ import annotations
@@ -19,35 +19,7 @@ from typing import Any
 import torch
 
 from gqa_serve import __version__
-from gqa_serve.engine.kernels.cpu import load
-
-BUFFER_BYTES = 2**30  # several times the last cache
-
-
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    """Per second, by all threads together; a multiply-add is two operations."""
-
-    read_bytes: float
-    float_ops: float
-    int8_ops: float
-    bf16_ops: float  # of tiles; 0 where there are none
-
-    @classmethod
-    def measure(cls, isa: str, threads: int) -> Limits:
-        """About two seconds."""
-        return cls(*load().peaks(isa, threads, BUFFER_BYTES))
-
-    def better(self, other: Limits) -> Limits:
-        """The larger of each."""
-        return Limits(*map(max, dataclasses.astuple(self), dataclasses.astuple(other)))
-
-    def __str__(self) -> str:
-        return (
-            f"read {self.read_bytes / 1e9:.1f} GB/s   float32 {self.float_ops / 1e9:.0f} GFLOP/s   "
-            f"int8 {self.int8_ops / 1e9:.0f} GOP/s"
-            + (f"   bfloat16 {self.bf16_ops / 1e9:.0f} GFLOP/s" if self.bf16_ops else "")
-        )
+from gqa_serve.workbench.bench.limits import Limits, processor_name
 
 
 @dataclasses.dataclass
@@ -89,8 +61,9 @@ class Report:
         """Processor, cores, threads, instruction set, versions."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         return (
-            f"{_processor()}, {cores} cores; {self.threads} threads, {self.isa}; gqa-serve {__version__}, "
-            f"torch {torch.__version__}, Python {platform.python_version()}, {platform.platform()}"
+            f"{processor_name()}, {cores} cores; {self.threads} threads, {self.isa}; "
+            f"gqa-serve {__version__}, torch {torch.__version__}, "
+            f"Python {platform.python_version()}, {platform.platform()}"
         )
 
     def measure_limits(self) -> Limits:
@@ -113,12 +86,3 @@ class Report:
         limits = [dataclasses.asdict(limit) for limit in self.limits]
         document = {"machine": self.machine(), "limits": limits, "results": rows}
         path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()

@@ -27,7 +27,8 @@ from pathlib import Path
 
 from gqa_serve.config import EngineConfig
 from gqa_serve.engine.core import Engine
-from gqa_serve.engine.model_runner import ModelRunner, format_bytes
+from gqa_serve.engine.memory import format_bytes
+from gqa_serve.engine.model_runner import ModelRunner
 from gqa_serve.engine.request import EngineRequest, ModelInfo, SamplingParams
 from gqa_serve.engine.tokenizer import load_tokenizer
 from gqa_serve.engine.weights.hub import resolve_model

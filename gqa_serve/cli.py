@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 
 from gqa_serve import __version__
+from gqa_serve.command_line import make_parser
 from gqa_serve.config import ChatConfig, EngineConfig, ServerConfig, collect, openai_api_key
 from gqa_serve.errors import ConfigError, GqaServeError
 from gqa_serve.settings import add_flags, did_you_mean, flag_of, short
 
-_EPILOG = """commands: serve (default), chat; `gqa-serve COMMAND --help` has the details.
+_EPILOG = """commands: serve (default), chat; the workbench: plan, simulate, bench, convert, uptrain, eval.
+`gqa-serve COMMAND --help` has the details of each.
 Every setting can also be GQA_SERVE_NAME in the environment or a `name: value` line in --config FILE.
 
   gqa-serve --model demo                         a small model to try, if its weights are installed
   gqa-serve --model Qwen/Qwen3-0.6B --port 9000  from the hub
   gqa-serve chat --url http://127.0.0.1:8000     talk to a running server
 """
+
+_WORKBENCH = {  # command -> package of gqa_serve.workbench whose `command.run` takes the words after it
+    "plan": "plan",
+    "simulate": "simulate",
+    "bench": "bench",
+    "convert": "convert",
+    "uptrain": "uptrain",
+    "eval": "evaluate",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _command(words: list[str]) -> Callable[[list[str]], None]:
     """What the first word asks for, taking it away; without a command it is serve."""
     commands: dict[str, Callable[[list[str]], None]] = {"serve": _serve, "chat": _chat}
+    commands |= {tool: functools.partial(_run_tool, package) for tool, package in _WORKBENCH.items()}
     if not words or words[0].startswith("-"):
         return _serve
     word = words.pop(0)
@@ -54,34 +68,15 @@ def _command(words: list[str]) -> Callable[[list[str]], None]:
     return commands[word]
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser that says which flag an unknown one was meant to be."""
+def _run_tool(package: str, words: list[str]) -> None:
+    from gqa_serve.workbench.signals import signals_as_exceptions
 
-    def parse(self, words: list[str]) -> argparse.Namespace:
-        """The flags in `words`; prints an error and exits with status 2 if one is wrong."""
-        args, unknown = self.parse_known_args(words)
-        if unknown:
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            names = [word.partition("=")[0] for word in unknown if word.startswith("-")]
-            hints = [f"{name}:{hint}" for name in names if (hint := did_you_mean(name, flags, str))]
-            self.error(". ".join([f"unrecognized arguments: {' '.join(unknown)}", *hints]))
-        return args
-
-
-def _parser(prog: str, description: str, **options: str) -> _Parser:
-    parser = _Parser(
-        prog,
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        **options,  # type: ignore[arg-type]
-    )
-    parser.add_argument("--version", action="version", version=f"gqa-serve {__version__}")
-    return parser
+    with signals_as_exceptions():
+        importlib.import_module(f"gqa_serve.workbench.{package}.command").run(words)
 
 
 def _serve(words: list[str]) -> None:
-    parser = _parser(
+    parser = make_parser(
         "gqa-serve",
         "Serve a language model over an OpenAI-compatible HTTP API.",
         usage="gqa-serve [serve] --model MODEL [options]",
@@ -94,12 +89,12 @@ def _serve(words: list[str]) -> None:
     from gqa_serve.logs import configure_logging
     from gqa_serve.server import serve
 
-    configure_logging(server_config.log_level)
+    configure_logging(server_config.log_level, server_config.log_format)
     serve(engine_config, server_config)
 
 
 def _chat(words: list[str]) -> None:
-    parser = _parser(
+    parser = make_parser(
         "gqa-serve chat",
         "Chat in the terminal, with a running server or with a model loaded here.",
         usage="gqa-serve chat (--url URL | --model MODEL) [options]",

@@ -20,6 +20,7 @@ from gqa_serve.errors import ConfigError
 from gqa_serve.settings import check, parse_size, read_settings, setting, short
 
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s*]+")
+_HOST_NAME = re.compile(r"\*|(\*\.)?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\.?")
 _ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)+")
 
 
@@ -89,7 +90,18 @@ class EngineConfig:
     max_num_seqs: int = setting(128, "most requests computed at once", "memory", low=1)
     max_num_batched_tokens: int = setting(2048, "most tokens computed in one step", "memory", low=1)
     max_waiting: int = setting(
-        1024, "most requests queued beyond those running; more get a 429", "memory", low=0
+        1024, "most requests queued beyond those running; more get a 429", "limits", low=0
+    )
+    max_waiting_tokens: int = setting(2_000_000, "most prompt tokens queued; more get a 429", "limits", low=1)
+    queue_timeout: float | None = setting(
+        None, "seconds a request may be queued, then it gets a 503", "limits", low=0.001, metavar="S"
+    )
+    engine_timeout: float = setting(
+        300.0,
+        "seconds a busy engine may be silent, then it is restarted; 0: no limit",
+        "limits",
+        low=0,
+        metavar="S",
     )
     block_size: int = setting(
         16, "tokens per KV block; native backend: a multiple of 16", "memory", low=1, high=1024
@@ -178,16 +190,54 @@ class ServerConfig:
         choices=("auto", "think", "none"),
     )
     max_body_bytes: int = setting(
-        16 * 2**20, "largest request body, e.g. 16MiB", "server", parse=parse_size, metavar="SIZE", low=1024
+        16 * 2**20, "largest request body, e.g. 16MiB", "limits", parse=parse_size, metavar="SIZE", low=1024
     )
     drain_timeout: float = setting(
         30.0, "seconds that running requests get to finish on shutdown", "server", low=0, metavar="S"
+    )
+    request_timeout: float | None = setting(
+        None, "seconds a request may take, then it ends with an error", "limits", low=0.001, metavar="S"
+    )
+    read_timeout: float = setting(
+        30.0, "seconds to send a head, or a body beyond 16 KiB/s; 0: no limit", "limits", low=0, metavar="S"
+    )
+    send_timeout: float = setting(
+        60.0, "seconds a client may read nothing, then it is dropped", "limits", low=0.1, metavar="S"
+    )
+    max_connections: int = setting(4096, "most connections open at once; more get a 503", "limits", low=1)
+    key_max_requests: int | None = setting(
+        None, "most requests of an API key at once; more get a 429", "limits", low=1
+    )
+    key_tokens_per_minute: int | None = setting(
+        None,
+        "most tokens, prompt and output, of an API key in a minute; more get a 429",
+        "limits",
+        low=1,
+    )
+    allowed_hosts: tuple[str, ...] = setting(
+        (),
+        "names of this server in the Host header, e.g. *.example.org; default: all, on a loopback address "
+        "without API keys only localhost",
+        "server",
+        metavar="HOST",
+    )
+    ui: bool = setting(True, "the page at /: a chat and a dashboard", "server")
+    open_metrics: bool = setting(False, "GET /metrics without an API key", "observability")
+    otlp_endpoint: str | None = setting(
+        None,
+        "where to send OpenTelemetry traces, e.g. http://127.0.0.1:4318",
+        "observability",
+        metavar="URL",
+    )
+    log_format: str = setting("text", "json: one object a line", "observability", choices=("text", "json"))
+    log_prompts: bool = setting(
+        False, "log prompts and answers too, which are your users' words", "observability"
     )
     max_stored_responses: int = setting(
         1000, "responses of /v1/responses kept in memory for later requests; 0: none", "server", low=0
     )
     log_level: str = setting(
-        "info", "how much to log", "server", choices=("debug", "info", "warning", "error", "critical")
+        "info", "how much to log", "observability", choices=("debug", "info", "warning", "error", "critical")
     )
 
     def __post_init__(self) -> None:
@@ -198,9 +248,21 @@ class ServerConfig:
                     f"--cors-origins must be * or origins such as https://chat.example.org, without a path; "
                     f"got {short(origin)}."
                 )
+        for name in self.allowed_hosts:
+            if not _HOST_NAME.fullmatch(name):
+                raise ConfigError(
+                    f"--allowed-hosts must be *, or names such as llm.example.org and *.example.org, without "
+                    f"a port; got {short(name)}."
+                )
         if self.root_path and not _ROOT_PATH.fullmatch(self.root_path):
             raise ConfigError(
                 f"--root-path must look like /llm, without a slash at its end; got {short(self.root_path)}."
+            )
+        if (self.key_max_requests or self.key_tokens_per_minute) and not (self.api_key or self.api_key_file):
+            name = "--key-max-requests" if self.key_max_requests else "--key-tokens-per-minute"
+            raise ConfigError(
+                f"{name} is for each API key, but there are none: set --api-key-file (or "
+                "GQA_SERVE_API_KEY), or leave it out."
             )
         if self.root_path.split("/")[1:2] == ["v1"]:  # nobody could tell what a proxy stripped
             raise ConfigError("--root-path must not begin with /v1, as the routes do.")
@@ -249,7 +311,7 @@ def has_c_compiler(environ: Mapping[str, str] | None = None) -> bool:
 
 
 def engine_environment() -> dict[str, str]:
-    """The environment of the engine process: ours, and a short spin for OpenMP's waiting threads.
+    """The environment of the engine process: ours, a short spin for waiting threads, a silent profiler.
 
     Their default spin (libgomp's) loses several times the throughput as soon as another process, the API
     process for one, needs one of the cores.
@@ -257,4 +319,10 @@ def engine_environment() -> dict[str, str]:
     environ = dict(os.environ)
     if "OMP_WAIT_POLICY" not in environ:
         environ.setdefault("GOMP_SPINCOUNT", "1000")
+    environ.setdefault("KINETO_LOG_LEVEL", "99")  # a profile would write lines of its own into the log
     return environ
+
+
+def adopt_engine_environment() -> None:
+    """Make that the environment of this process, which is to compute itself; before torch is imported."""
+    os.environ.update(engine_environment())

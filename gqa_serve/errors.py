@@ -7,6 +7,8 @@ OpenAI error body with its `status`, `type`, `param` and `code`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 class GqaServeError(Exception):
     """Anything this package raises on purpose."""
@@ -43,6 +45,8 @@ class RequestError(GqaServeError):
         self.message = message
         self.param = param
         self.code = code
+        self.headers: Mapping[str, str] = {}
+        """Of the HTTP response, beyond those that every response has."""
 
 
 class ContextLengthError(RequestError):
@@ -86,6 +90,17 @@ class EngineUnavailableError(RequestError):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, code="engine_unavailable")
+
+
+class QueueTimeoutError(RequestError):
+    """The request waited longer than `--queue-timeout`; try again after `retry_after_s` seconds."""
+
+    status = 503
+    type = "service_unavailable_error"
+
+    def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
+        super().__init__(message, code="queue_timeout")
+        self.retry_after_s = retry_after_s
 
 
 class EngineStepError(RequestError):

@@ -5,14 +5,22 @@ from __future__ import annotations
 import sys
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 
 class ProgressBar:
     """A labelled bar on standard error, shown only on a terminal, from the first update to the last."""
 
     def __init__(self, label: str) -> None:
-        columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), *times)
         self._bar = Progress(*columns, console=Console(file=sys.stderr), disable=not sys.stderr.isatty())
         self._task = self._bar.add_task(label)
 

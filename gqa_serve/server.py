@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import math
 import signal
@@ -21,15 +22,19 @@ import uvicorn
 
 from gqa_serve.api.access import load_keys
 from gqa_serve.api.app import create_app
-from gqa_serve.api.http_protocol import HttpProtocol
+from gqa_serve.api.connection_limits import SEND_BUFFER_BYTES, ConnectionLimits, with_files_for
+from gqa_serve.api.http_protocol import HttpProtocol, http_protocol
+from gqa_serve.api.tracing import check_endpoint
 from gqa_serve.config import EngineConfig, ServerConfig
 from gqa_serve.engine.chat_template import ChatTemplate
 from gqa_serve.engine.chat_template_files import load_chat_template
 from gqa_serve.engine.client import AsyncEngine
+from gqa_serve.engine.grammars import warm_up
 from gqa_serve.engine.request import ModelInfo
 from gqa_serve.engine.tokenizer import Tokenizer, load_tokenizer
 from gqa_serve.engine.weights.hub import resolve_model
 from gqa_serve.errors import ConfigError
+from gqa_serve.malloc import limit_arenas
 from gqa_serve.progress import ProgressBar
 
 logger = logging.getLogger(__name__)
@@ -37,12 +42,15 @@ logger = logging.getLogger(__name__)
 # Longer than proxies and clients keep an idle connection (60 s at most, as a rule): if it is the server that
 # closes it, a request that was just sent is lost.
 _KEEP_ALIVE_S = 75
+_SWITCH_S = 0.001  # the loop waits for this each time it wants to go on beside them; Python's own is 5 ms
 _LAST_WORDS_S = 3  # after the drain timeout, for the errors of what did not finish to reach their clients
 
 
 def serve(engine_config: EngineConfig, server_config: ServerConfig) -> None:
     """Serve until a signal ends it. Raises GqaServeError for whatever prevents that."""
+    limit_arenas()
     load_keys(server_config)  # whatever is wrong with them should not wait for a download
+    check_endpoint(server_config.otlp_endpoint)
     with _listen(server_config) as listener:
         path = resolve_model(
             engine_config.model,
@@ -55,7 +63,13 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig) -> None:
         template = load_chat_template(path, server_config.chat_template, tokenizer.special_texts)
         logger.info("Chat template: %s.", template.source_name)
         bar = ProgressBar("Loading weights")
-        engine = AsyncEngine(path, engine_config, log_level=server_config.log_level, on_load=bar.update)
+        engine = AsyncEngine(
+            path,
+            engine_config,
+            log_level=server_config.log_level,
+            log_format=server_config.log_format,
+            on_load=bar.update,
+        )
         try:
             _run(_serve(engine, tokenizer, template, server_config, listener))
         finally:
@@ -63,7 +77,11 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig) -> None:
 
 
 def _run(main: Coroutine[Any, Any, None]) -> None:
-    """As asyncio.run, on uvloop's event loop where there is one: a token costs the API process less."""
+    """As asyncio.run, on uvloop's event loop where there is one: a token costs the API process less.
+
+    Work in other threads (large bodies, templates, schemas) gives the interpreter back after a millisecond.
+    """
+    sys.setswitchinterval(_SWITCH_S)
     if sys.platform == "win32":
         asyncio.run(main)
     else:
@@ -79,6 +97,7 @@ def _listen(config: ServerConfig) -> socket.socket:
         )[0]
         listener = socket.socket(family, kind, proto)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         listener.bind(address)
     except OSError as error:
         raise ConfigError(
@@ -89,11 +108,19 @@ def _listen(config: ServerConfig) -> socket.socket:
 
 
 class _Server(uvicorn.Server):
-    """Uvicorn, telling the engine of a signal at once, and exiting with 0 after one."""
+    """Uvicorn, telling the engine of a signal at once, and exiting with 0 after one.
 
-    def __init__(self, config: uvicorn.Config, engine: AsyncEngine) -> None:
+    The port goes on answering (with 503, what a load balancer understands) until `drained` is set.
+    """
+
+    def __init__(
+        self, config: uvicorn.Config, engine: AsyncEngine, limits: ConnectionLimits, drain_timeout_s: float
+    ) -> None:
         super().__init__(config)
         self.signalled = asyncio.Event()
+        self.drained = asyncio.Event()
+        self._limits = limits
+        self._drain_timeout_s = drain_timeout_s
         self._engine = engine
         self._loop = asyncio.get_running_loop()
 
@@ -105,7 +132,23 @@ class _Server(uvicorn.Server):
         self.should_exit = True
         self._engine.refuse_new()
         self._loop.call_soon_threadsafe(self.signalled.set)
-        print("\nStopping: waiting for running requests; once more to quit now.", file=sys.stderr, flush=True)
+        # Not from here: a signal may come while the log is being written.
+        self._loop.call_soon_threadsafe(
+            logger.info, "Stopping: waiting for running requests; once more to quit now."
+        )
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close idle connections, wait for the engine, then close the port, then the other connections."""
+        deadline = self._loop.time() + self._drain_timeout_s
+        self._limits.closing = True
+        for connection in list(self.server_state.connections):
+            if isinstance(connection, HttpProtocol):
+                connection.close_if_idle()
+        await self.drained.wait()
+        # What is left now are answers on their way to their clients.
+        left_s = max(0.0, deadline - self._loop.time())
+        self.config.timeout_graceful_shutdown = math.ceil(left_s) + _LAST_WORDS_S
+        await super().shutdown(sockets)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -125,19 +168,22 @@ async def _serve(
     config: ServerConfig,
     listener: socket.socket,
 ) -> None:
-    app = create_app(engine, tokenizer, template, config)
+    warming = asyncio.create_task(asyncio.to_thread(warm_up, tokenizer))  # while the engine loads
+    limits = ConnectionLimits(
+        config.read_timeout, config.send_timeout, with_files_for(config.max_connections)
+    )
+    app = create_app(engine, tokenizer, template, config, limits=limits)
     options = uvicorn.Config(
         app,
-        http=HttpProtocol,
+        http=http_protocol(limits),
         ws="none",
         lifespan="off",
         log_config=None,
         access_log=False,
         server_header=False,
         timeout_keep_alive=_KEEP_ALIVE_S,
-        timeout_graceful_shutdown=math.ceil(config.drain_timeout) + _LAST_WORDS_S,
     )
-    server = _Server(options, engine)
+    server = _Server(options, engine, limits, config.drain_timeout)
     serving = asyncio.create_task(server.serve(sockets=[listener]))  # first, since it handles signals
     loading = asyncio.create_task(engine.start())
     draining = asyncio.create_task(_drain(server, engine, loading, config.drain_timeout))
@@ -145,6 +191,7 @@ async def _serve(
         await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
         if loading.done() and not server.should_exit:
             loading.result()
+            gc.freeze()  # a collection that looks at all that was loaded, too, stops the event loop for 0.3 s
             _announce(engine.model_info, listener, config)
         await serving
     finally:
@@ -152,20 +199,25 @@ async def _serve(
         server.signalled.set()
         await asyncio.gather(serving, return_exceptions=True)
         await draining
+        await asyncio.wait({warming})
 
 
 async def _drain(server: _Server, engine: AsyncEngine, loading: asyncio.Task[None], timeout_s: float) -> None:
     """After the signal: wait for requests under way, at most `timeout_s`, then end the rest and the engine.
 
-    Uvicorn waits a little longer than this, so that what is ended here still reaches its clients.
+    What is ended here still reaches its clients: the server closes their connections later.
     """
     await server.signalled.wait()
-    loading.cancel()  # a model that is still loading is not waited for
-    await asyncio.gather(loading, return_exceptions=True)
-    deadline = asyncio.get_running_loop().time() + timeout_s
-    while engine.num_requests and not server.force_exit and asyncio.get_running_loop().time() < deadline:
-        await asyncio.sleep(0.02)
-    await engine.stop()
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + timeout_s
+    try:
+        loading.cancel()  # a model that is still loading is not waited for
+        await asyncio.gather(loading, return_exceptions=True)
+        while engine.num_requests and not server.force_exit and loop.time() < deadline:
+            await asyncio.sleep(0.02)
+        await engine.stop()
+    finally:
+        server.drained.set()
 
 
 def _announce(info: ModelInfo | None, listener: socket.socket, config: ServerConfig) -> None:

@@ -61,12 +61,16 @@ def test_every_field_is_a_flag_a_variable_and_a_line(tmp_path: Path) -> None:
         "pooling": "mean",
         "api_key": "k", "api_key_file": "f", "cors_origins": "http://o",
         "root_path": "/r", "max_stored_responses": "7",
+        "max_waiting_tokens": "8", "queue_timeout": "2.5", "engine_timeout": "11", "request_timeout": "12",
+        "read_timeout": "3", "send_timeout": "4", "max_connections": "13", "key_max_requests": "2",
+        "key_tokens_per_minute": "14", "allowed_hosts": "a.example", "ui": "false", "open_metrics": "true",
+        "otlp_endpoint": "http://127.0.0.1:1", "log_format": "json", "log_prompts": "true",
     }  # fmt: skip
     by_env = load(environ={f"GQA_SERVE_{name.upper()}": value for name, value in values.items()})
     file = tmp_path / "settings.yaml"
     file.write_text("".join(f"{name.replace('_', '-')}: {value}\n" for name, value in values.items()))
     flags = " ".join(
-        (flag_of(name) if value == "true" else "--no-prefix-caching")
+        (flag_of(name) if value == "true" else f"--no-{name.replace('_', '-')}")
         if value in ("true", "false")
         else f"--{name.replace('_', '-')} {value}"
         for name, value in values.items()

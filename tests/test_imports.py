@@ -15,11 +15,12 @@ import gqa_serve
 ROOT = Path(gqa_serve.__file__).parent
 NO_TORCH = [
     "block_pool", "kv_manager", "scheduler", "request", "wire", "client", "process", "model_config",
+    "admission", "channel", "endings", "metrics", "out_of_memory", "stock", "token_stream", "watchdog",
     "constraints", "constrained", "structured", "grammars",
 ]  # fmt: skip
 NO_TEXT = [
     "core", "scheduler", "sampler", "kv_manager", "block_pool", "batch", "model_runner", "process",
-    "constraints", "constrained",
+    "constraints", "constrained", "endings", "hidden_rows", "stock", "channel",
 ]  # fmt: skip
 TEXT = {"tokenizer", "detokenizer", "chat_template", "stop_strings", "chat_messages", "gguf_tokenizer"}
 
@@ -49,10 +50,29 @@ def test_decisions_need_no_torch(name: str) -> None:
     assert "torch" not in found
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "workbench").glob("*cost*.py")), ids=lambda path: path.stem)
-def test_the_account_of_costs_needs_no_torch(path: Path) -> None:
+PLANNING = [
+    *(ROOT / "workbench").glob("*cost*.py"),
+    *(ROOT / "workbench" / "plan").glob("*.py"),
+    *(ROOT / "workbench" / "simulate").glob("*.py"),
+    *(
+        ROOT / "workbench" / f"{name}.py"
+        for name in ("hardware", "machine", "model_source", "sharding", "report", "plots", "records", "trace")
+    ),
+    ROOT / "engine" / "memory.py",
+]
+
+
+@pytest.mark.parametrize("path", sorted(PLANNING), ids=lambda path: f"{path.parent.name}.{path.stem}")
+def test_the_planning_tools_need_no_torch(path: Path) -> None:
     found = {module.split(".")[0] for module in imports(path, top_level=False)}
     assert "torch" not in found
+
+
+@pytest.mark.parametrize("name", ["plan", "simulate"])
+def test_tools_that_compute_nothing_need_no_torch(name: str) -> None:
+    for path in (ROOT / "workbench" / name).glob("*.py"):
+        found = {module.split(".")[0] for module in imports(path, top_level=False)}
+        assert not found & {"torch", "transformers"}, path
 
 
 @pytest.mark.parametrize("name", NO_TEXT)
@@ -94,6 +114,8 @@ def test_no_pickle_anywhere() -> None:
         "import gqa_serve.cli",
         "import gqa_serve.server, gqa_serve.engine.weights.gguf",
         "import gqa_serve.workbench.cost_tables",
+        "import gqa_serve.workbench.plan.command",
+        "import gqa_serve.workbench.simulate.command, gqa_serve.workbench.simulate.runs",
     ],
 )
 def test_importing_costs_no_torch(statement: str) -> None:

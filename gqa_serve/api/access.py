@@ -1,8 +1,8 @@
-"""Who may ask: API keys, origins that browsers may call from, and the path prefix of a proxy.
+"""Who may ask: API keys, names and origins that browsers may call by, and the path prefix of a proxy.
 
 Owns the checks that come before any route, as plain ASGI around the application, so that streams pass through
 untouched. Knows no endpoint but by its path. Invariant: with keys set, a path is guarded unless `OPEN_PATHS`
-names it; keys are compared as digests, all of them, in constant time.
+(or `--open-metrics`) names it; keys are compared as digests, all of them, in constant time.
 """
 
 from __future__ import annotations
@@ -16,22 +16,38 @@ from typing import Protocol
 import msgspec
 from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import Response
+from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gqa_serve.api.errors import error_response
+from gqa_serve.api.exchange import exchange_of
+from gqa_serve.api.hosts import ForeignRequestError, HostCheck, OriginCheck, is_loopback
+from gqa_serve.api.rate_limits import KEY_INDEX, RATE_LIMIT_HEADERS
+from gqa_serve.api.ui_files import FILES
 from gqa_serve.errors import ConfigError, RequestError
 
+# The page asks for a key itself; it shows nothing before it has one.
+PAGE_PATHS = frozenset({"/", *(f"/ui/{name}" for name in FILES)})
 # Probes and the description of the API: what a load balancer or a person needs before having a key.
-OPEN_PATHS = frozenset({"/health", "/ready", "/ping", "/version", "/docs", "/openapi.json"})
+OPEN_PATHS = frozenset({"/health", "/ready", "/ping", "/version", "/docs", "/openapi.json"}) | PAGE_PATHS
 ANTHROPIC_PATHS = "/v1/messages"  # and below: their clients read errors in a shape of their own
-EXPOSED_HEADERS = ("X-Request-Id", "Retry-After")
+EXPOSED_HEADERS = (
+    "X-Request-Id",
+    "Retry-After",
+    *RATE_LIMIT_HEADERS,
+)
 CORS_METHODS = ("GET", "HEAD", "POST", "DELETE")
 MAX_KEY_FILE_BYTES = 2**20
 
 
 class AccessConfig(Protocol):
     """What this module needs of `ServerConfig`."""
+
+    @property
+    def host(self) -> str: ...
+
+    @property
+    def allowed_hosts(self) -> Sequence[str]: ...
 
     @property
     def api_key(self) -> Sequence[str]: ...
@@ -44,6 +60,9 @@ class AccessConfig(Protocol):
 
     @property
     def root_path(self) -> str: ...
+
+    @property
+    def open_metrics(self) -> bool: ...
 
 
 class InvalidKeyError(RequestError):
@@ -59,9 +78,11 @@ def with_access(app: ASGIApp, config: AccessConfig) -> ASGIApp:
     carries the CORS headers, or a page could not read it.
     """
     if keys := load_keys(config):
-        app = ApiKeys(app, keys)
+        app = ApiKeys(app, keys, OPEN_PATHS | {"/metrics"} if config.open_metrics else OPEN_PATHS)
     if config.cors_origins:
         app = Cors(app, config.cors_origins)
+    if checks := _checks(config, has_keys=bool(keys)):
+        app = NoForeignRequests(app, checks)
     return RootPath(app, config.root_path) if config.root_path else app
 
 
@@ -111,35 +132,40 @@ def _digest(key: bytes) -> bytes:
 class ApiKeys:
     """Lets a request pass if it shows one of the keys, as OpenAI's clients or as Anthropic's do."""
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+    def __init__(self, app: ASGIApp, keys: Sequence[str], open_paths: frozenset[str] = OPEN_PATHS) -> None:
         self._app = app
+        self._open_paths = open_paths
         self._digests = tuple(_digest(key.encode("ascii")) for key in keys)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or self._open(scope) or self._knows(shown := _shown_keys(scope)):
+        if scope["type"] != "http" or self._open(scope):
             await self._app(scope, receive, send)
+            return
+        if (index := self._index(shown := _shown_keys(scope))) is not None:
+            await self._app({**scope, KEY_INDEX: index}, receive, send)
             return
         message = "This API key is not known here." if shown else "This server wants an API key."
         error = InvalidKeyError(
             f"{message} Send it as the header 'Authorization: Bearer KEY' or 'x-api-key: KEY'.",
             code="invalid_api_key",
         )
-        response = _anthropic_401(error) if is_anthropic(route_path(scope)) else error_response(error)
+        response = _refusal(scope, error)
         response.headers["WWW-Authenticate"] = "Bearer"
         await response(scope, receive, send)
 
-    @staticmethod
-    def _open(scope: Scope) -> bool:
+    def _open(self, scope: Scope) -> bool:
         """OPTIONS does nothing on any route but tell a browser what it may send, which shows no key yet."""
-        return scope["method"] == "OPTIONS" or route_path(scope) in OPEN_PATHS
+        return scope["method"] == "OPTIONS" or route_path(scope) in self._open_paths
 
-    def _knows(self, shown: Sequence[bytes]) -> bool:
-        known = False
+    def _index(self, shown: Sequence[bytes]) -> int | None:
+        """Which of the server's keys was shown; None if none of them was."""
+        found = None
         for key in shown:
             given = _digest(key)
-            for digest in self._digests:  # all of them, so that time does not tell which one was near
-                known |= hmac.compare_digest(digest, given)
-        return known
+            for index, digest in enumerate(self._digests):  # all, so that time does not tell which was near
+                if hmac.compare_digest(digest, given):
+                    found = index
+        return found
 
 
 def _shown_keys(scope: Scope) -> list[bytes]:
@@ -165,13 +191,46 @@ def is_anthropic(path: str) -> bool:
     return path == ANTHROPIC_PATHS or path.startswith(ANTHROPIC_PATHS + "/")
 
 
-def _anthropic_401(error: RequestError) -> Response:
-    detail = {"type": "authentication_error", "message": error.message}
+def _refusal(scope: Scope, error: RequestError) -> Response:
+    """The answer of `error`, in the shape that the path's clients read."""
+    exchange_of(scope).error = error
+    if not is_anthropic(route_path(scope)):
+        return error_response(error)
+    kind = "authentication_error" if error.status == 401 else "permission_error"
+    detail = {"type": kind, "message": error.message}
     body = msgspec.json.encode({"type": "error", "error": detail})
     return Response(body, error.status, media_type="application/json")
 
 
 # --- browsers and proxies ----------------------------------------------------------------------------------
+
+
+def _checks(config: AccessConfig, *, has_keys: bool) -> list[HostCheck | OriginCheck]:
+    """What a page has no key for needs no other check; names are known only on loopback, or when given."""
+    checks: list[HostCheck | OriginCheck] = []
+    if config.allowed_hosts or (is_loopback(config.host) and not has_keys):
+        checks.append(HostCheck((config.host, *config.allowed_hosts)))
+    if not has_keys:
+        checks.append(OriginCheck(config.cors_origins))
+    return checks
+
+
+class NoForeignRequests:
+    """Answers 403 to what `checks` refuse, before anything else looks at it."""
+
+    def __init__(self, app: ASGIApp, checks: Sequence[HostCheck | OriginCheck]) -> None:
+        self._app = app
+        self._checks = checks
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            try:
+                for check in self._checks:
+                    check.check(scope)
+            except ForeignRequestError as error:
+                await _refusal(scope, error)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
 
 
 class Cors(CORSMiddleware):
@@ -213,6 +272,10 @@ class RootPath:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             path = scope["path"]
+            if path == self._prefix and scope["method"] in ("GET", "HEAD"):
+                # Without the slash, the page there would look for its files beside the prefix.
+                await RedirectResponse(self._prefix + "/")(scope, receive, send)
+                return
             if path != self._prefix and not path.startswith(self._prefix + "/"):
                 path = self._prefix + path
             scope = {**scope, "root_path": self._prefix, "path": path}

@@ -55,7 +55,8 @@ class ChatCompletions:
     async def post(self, request: Request) -> Response:
         """Decode, check, render, tokenize, generate. Raises RequestError."""
         context = self._context
-        fields, raw = await read_request(request, context.config.max_body_bytes, ChatRequest)
+        context.engine.check_room()
+        fields, raw = await read_request(request, context.bodies, ChatRequest)
         context.check_model(fields.model)
         self._rules.check(raw)
         size = sum(memoryview(raw[name]).nbytes for name in ("messages", "tools", "documents") if name in raw)

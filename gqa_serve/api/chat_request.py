@@ -18,7 +18,7 @@ from gqa_serve.api.errors import shorten
 from gqa_serve.api.message_parts import MessageParser, PlainParser
 from gqa_serve.api.params import check_capacity, choice_count, sampling_params
 from gqa_serve.api.protocol import ChatMessage, ChatRequest, ContentPart, ToolCall
-from gqa_serve.api.serving import Job, ServingContext, fingerprint, off_loop
+from gqa_serve.api.serving import LARGE_TEXT_CHARS, Job, ServingContext, fingerprint, off_loop
 from gqa_serve.api.structured_fields import structured_grammar
 from gqa_serve.api.thinking import Thinking, find_thinking
 from gqa_serve.api.tools.choice import ToolPlan, read_tools
@@ -40,6 +40,7 @@ from gqa_serve.errors import RequestError
 
 MAX_MESSAGES = 10_000
 MESSAGE_COST_CHARS = 256  # rendering a message costs about as much as so many characters, however short it is
+SLOW_TEMPLATE_S = 0.02  # a template that took so long once renders beside the loop
 REASONING_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
 _THINKING_SWITCHES = ("enable_thinking", "thinking")  # what templates of hybrid models call it
 _ENCODE_OPTIONS = frozenset({"add_special_tokens", "max_model_len"})  # encode_chat's own
@@ -238,6 +239,8 @@ async def _encode(
                 ) from error
             raise
 
+    if context.chat_template.slowest_s > SLOW_TEMPLATE_S:  # it may be slow again, however short the messages
+        size = max(size, LARGE_TEXT_CHARS)
     prompt = await off_loop(size, render_and_encode)
     if not prompt:
         raise RequestError("The messages render to an empty prompt.", param="messages")

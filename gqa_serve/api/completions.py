@@ -45,7 +45,8 @@ class Completions:
     async def post(self, request: Request) -> Response:
         """Decode, check, tokenize, generate. Raises RequestError."""
         context = self._context
-        fields, raw = await read_request(request, context.config.max_body_bytes, CompletionRequest)
+        context.engine.check_room()  # a full queue refuses before it reads a megabyte
+        fields, raw = await read_request(request, context.bodies, CompletionRequest)
         model = context.check_model(fields.model)
         num_prompts = count_prompts(fields.prompt)
         n = choice_count(fields, num_prompts)

@@ -22,7 +22,6 @@ from gqa_serve.api.request_ids import client_request_id
 from gqa_serve.api.serving import (
     Job,
     ServingContext,
-    end,
     fingerprint,
     off_loop,
     submit,
@@ -45,14 +44,16 @@ class Embeddings:
     async def post(self, request: Request) -> Response:
         """Decode, check, tokenize, compute. Raises RequestError."""
         context = self._context
-        fields, raw = await read_request(request, context.config.max_body_bytes, EmbeddingRequest)
+        context.engine.check_room()
+        fields, raw = await read_request(request, context.bodies, EmbeddingRequest)
         model = context.check_model(fields.model)
         self._rules.check(raw)
         info = context.ready_info()
         _check_dimensions(fields, info)
         job = await self._job(fields, info, model)
         request_id = client_request_id(request.scope) or job.id
-        generation = submit(context, job, StopStrings([]))
+        generation = submit(context, job, StopStrings([]), request.scope)
+        headers = {"x-request-id": request_id, **generation.admission.headers()}
         try:
             events = await unless_gone(request, generation.collect())
             num_tokens = sum(map(len, job.prompts))
@@ -60,8 +61,8 @@ class Embeddings:
                 len(events) * info.hidden_size, lambda: _answer(events, fields, model, num_tokens)
             )
         finally:
-            end(job, generation, request_id)
-        return Response(body, 200, {"x-request-id": request_id}, "application/json")
+            generation.end()
+        return Response(body, 200, headers, "application/json")
 
     async def _job(self, fields: EmbeddingRequest, info: ModelInfo, model: str) -> Job:
         """One engine request per input, which generates nothing. Raises RequestError."""

@@ -15,7 +15,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ExceptionHandler
 
-from gqa_serve.errors import EngineUnavailableError, QueueFullError, RequestError
+from gqa_serve.api.exchange import exchange_of
+from gqa_serve.errors import EngineUnavailableError, QueueFullError, QueueTimeoutError, RequestError
 
 MAX_MESSAGE_CHARS = 800
 ENGINE_RETRY_AFTER_S = 5  # an engine restart takes seconds; the OpenAI client retries by itself
@@ -79,7 +80,9 @@ def error_json(error: Exception) -> bytes:
 def error_response(error: Exception, headers: dict[str, str] | None = None) -> Response:
     """The HTTP response for `error`, with Retry-After where trying again can help."""
     headers = dict(headers or {})
-    if isinstance(error, QueueFullError):
+    if isinstance(error, RequestError):
+        headers.update(error.headers)
+    if isinstance(error, QueueFullError | QueueTimeoutError):
         headers["Retry-After"] = str(error.retry_after_s)
     elif isinstance(error, EngineUnavailableError):
         headers["Retry-After"] = str(ENGINE_RETRY_AFTER_S)
@@ -88,6 +91,7 @@ def error_response(error: Exception, headers: dict[str, str] | None = None) -> R
 
 
 async def _on_request_error(request: Request, error: Exception) -> Response:
+    exchange_of(request.scope).error = error
     return error_response(error)
 
 

@@ -1,8 +1,8 @@
 """`X-Request-Id`: the name under which a client, its proxies and the log speak of one request.
 
-Owns which ids are taken over from clients and that every response carries one. Knows nothing of what is
-answered. Invariant: an id is at most `MAX_CHARS` printable ASCII characters without spaces, so that it can
-neither break a log line nor a header.
+Owns which ids are taken over from clients and that every response carries one, and a header that keeps
+browsers from guessing another type than its own. Knows nothing of what is answered. Invariant: an id is at
+most `MAX_CHARS` printable ASCII characters without spaces, so that it breaks neither log lines nor headers.
 """
 
 from __future__ import annotations
@@ -46,6 +46,9 @@ class RequestIds:
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
+                headers.setdefault(
+                    "x-content-type-options", "nosniff"
+                )  # nothing here is what it is not called
                 if given is not None:
                     headers[HEADER] = given
                 else:

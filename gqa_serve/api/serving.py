@@ -10,42 +10,47 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import hashlib
 import logging
 import time
 import uuid
-from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
 import anyio.to_thread
 import msgspec
 from sse_starlette import EventSourceResponse, ServerSentEvent
-from sse_starlette.sse import SendTimeoutError
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from gqa_serve import __version__
 from gqa_serve.api.access import AccessConfig
+from gqa_serve.api.account import Account
 from gqa_serve.api.answers import CompletionTokensDetails, PromptTokensDetails, Usage
+from gqa_serve.api.body_budget import BodyBudget
 from gqa_serve.api.chat_format import TEXT_ONLY, ChatFormat
+from gqa_serve.api.deadline import deadline_of
 from gqa_serve.api.errors import shorten
-from gqa_serve.api.http_protocol import abort_connection
+from gqa_serve.api.metrics import Metrics
 from gqa_serve.api.protocol import SamplingFields
+from gqa_serve.api.rate_limits import RateLimits
 from gqa_serve.api.reasoning import ThinkingCounter
 from gqa_serve.api.request_ids import client_request_id
 from gqa_serve.api.text_stream import Choice, Generation, TextEvent, TokenStream
+from gqa_serve.api.tracing import Tracing
 from gqa_serve.engine.chat_template import ChatTemplate
 from gqa_serve.engine.detokenizer import TextAssembler
+from gqa_serve.engine.metrics import EngineSnapshot, StepStats
 from gqa_serve.engine.request import EngineRequest, ModelInfo, Pooling, SamplingParams
 from gqa_serve.engine.stop_strings import StopStrings
 from gqa_serve.engine.tokenizer import Tokenizer
+from gqa_serve.engine.wire import Profiled
 from gqa_serve.errors import EngineUnavailableError, NotFoundError, RequestError
 
 PING_INTERVAL_S = 15  # proxies cut idle connections after 60
 FIRST_TOKEN_PATIENCE_S = 15.0  # then the stream starts without one, so that pings can keep it alive
-SEND_TIMEOUT_S = 60.0  # a client that reads nothing for so long is gone
 SHUTDOWN_MARGIN_S = 2.0  # after the drain timeout, for the errors that end what is left
 LARGE_TEXT_CHARS = 16 * 1024  # above this, tokenizing and templates move to a worker thread
 
@@ -65,7 +70,21 @@ class ServingEngine(Protocol):
     @property
     def num_requests(self) -> int: ...
 
-    def submit(self, request: EngineRequest) -> TokenStream: ...
+    @property
+    def num_restarts(self) -> int: ...
+
+    @property
+    def pid(self) -> int | None: ...
+
+    on_step: Callable[[StepStats], None]
+
+    async def snapshot(self) -> EngineSnapshot: ...
+
+    def check_room(self) -> None: ...
+
+    async def profile(self, num_steps: int, timeout_s: float) -> Profiled: ...
+
+    def submit_all(self, requests: Sequence[EngineRequest]) -> Sequence[TokenStream]: ...
 
 
 class ServingConfig(AccessConfig, Protocol):
@@ -81,6 +100,15 @@ class ServingConfig(AccessConfig, Protocol):
     def drain_timeout(self) -> float: ...
 
     @property
+    def request_timeout(self) -> float | None: ...
+
+    @property
+    def key_max_requests(self) -> int | None: ...
+
+    @property
+    def key_tokens_per_minute(self) -> int | None: ...
+
+    @property
     def max_stored_responses(self) -> int: ...
 
     @property
@@ -92,6 +120,15 @@ class ServingConfig(AccessConfig, Protocol):
     @property
     def reasoning_parser(self) -> str: ...
 
+    @property
+    def ui(self) -> bool: ...
+
+    @property
+    def log_prompts(self) -> bool: ...
+
+    @property
+    def otlp_endpoint(self) -> str | None: ...
+
 
 @dataclasses.dataclass(frozen=True)
 class ServingContext:
@@ -101,9 +138,21 @@ class ServingContext:
     tokenizer: Tokenizer
     chat_template: ChatTemplate
     config: ServingConfig
+    metrics: Metrics
+    tracing: Tracing | None = None
     started: int = dataclasses.field(default_factory=lambda: int(time.time()))
     chat_format: ChatFormat = TEXT_ONLY
     end_of_turn_ids: tuple[int, ...] = ()  # the control token that the chat template writes after an answer
+
+    @functools.cached_property
+    def bodies(self) -> BodyBudget:
+        """What requests' bodies may take of the memory."""
+        return BodyBudget(self.config.max_body_bytes)
+
+    @functools.cached_property
+    def rate_limits(self) -> RateLimits:
+        """What each API key may ask for."""
+        return RateLimits(self.config.key_max_requests, self.config.key_tokens_per_minute)
 
     @property
     def model_names(self) -> Sequence[str]:
@@ -226,15 +275,19 @@ class Reply(Protocol):
         """The answer of a request that does not stream, for msgspec to encode; one event per choice."""
 
 
-def submit(context: ServingContext, job: Job, stops: StopStrings) -> Generation:
+def submit(context: ServingContext, job: Job, stops: StopStrings, scope: Scope) -> Generation:
     """Hand every choice to the engine; all or none. `stops` is the job's `stop`, compiled.
 
-    Raises QueueFullError, EngineUnavailableError.
+    `scope` is that of the HTTP request: whose it is, and by when it must have ended. Whoever gets the
+    generation calls its `end`. Raises RateLimitError, QueueFullError, EngineUnavailableError.
     """
+    admission = context.rate_limits.admit(scope, sum(map(len, job.prompts)))
     choices: list[Choice] = []
+    requests = job.engine_requests()
+    streams: Sequence[TokenStream] = ()
     try:
-        for index, request in enumerate(job.engine_requests()):
-            stream = context.engine.submit(request)
+        streams = context.engine.submit_all(requests)
+        for index, (request, stream) in enumerate(zip(requests, streams, strict=True)):
             assembler = TextAssembler(
                 context.tokenizer,
                 job.params[index // job.n],
@@ -245,19 +298,23 @@ def submit(context: ServingContext, job: Job, stops: StopStrings) -> Generation:
             counter = job.new_counter and job.new_counter()
             choices.append(Choice(index, request, stream, assembler, counter))
     except BaseException:
-        for choice in choices:
-            choice.stream.abort()
+        for stream in streams:
+            stream.abort()
+        admission.cancel()
         raise
-    return Generation(choices)
+    generation = Generation(choices, admission, Account(context, job, scope))
+    if (deadline := deadline_of(scope)) is not None:
+        generation.end_at(deadline.at, deadline.error)
+    return generation
 
 
 async def answer(request: Request, context: ServingContext, reply: Reply) -> Response:
     """Run the job and answer the request, as a stream if it asked for one. Raises RequestError."""
     stop = reply.job.params[0].stop  # the same for all prompts
     stops = await off_loop(sum(map(len, stop)), lambda: StopStrings(stop))
-    generation = submit(context, reply.job, stops)
+    generation = submit(context, reply.job, stops, request.scope)
     request_id = client_request_id(request.scope) or reply.job.id
-    headers = {"x-request-id": request_id}
+    headers = {"x-request-id": request_id, **generation.admission.headers()}
     streaming = False
     try:
         if not reply.job.fields.stream:
@@ -265,32 +322,14 @@ async def answer(request: Request, context: ServingContext, reply: Reply) -> Res
             body = msgspec.json.encode(reply.whole(events, reply.job.usage(generation)))
             return Response(body, 200, headers, "application/json")
         await unless_gone(request, generation.first_event(FIRST_TOKEN_PATIENCE_S))
-        response = GenerationResponse(generation, reply, headers, context.config.drain_timeout)
+        response = GenerationResponse(
+            generation, reply, headers, context.config.drain_timeout, context.metrics
+        )
         streaming = True
         return response
     finally:
         if not streaming:
-            end(reply.job, generation, request_id)
-
-
-def end(job: Job, generation: Generation, request_id: str) -> None:
-    """Abort what is still running, and log the one line each request leaves; never its text."""
-    generation.abort()
-    usage = job.usage(generation)
-    # An answer without a reason was cut off by its client, or by the failure of another choice.
-    reasons = Counter(choice.finish_reason or "cancelled" for choice in generation.choices)
-    logger.info(
-        "%s%s %s%s prompt=%d cached=%d output=%d finish=%s %.2fs",
-        job.id,
-        "" if request_id == job.id else f" ({request_id})",
-        job.kind,
-        " stream" if job.fields.stream else "",
-        usage.prompt_tokens,
-        usage.prompt_tokens_details.cached_tokens,
-        usage.completion_tokens,
-        ",".join(name if count == 1 else f"{name}:{count}" for name, count in sorted(reasons.items())),
-        time.monotonic() - generation.started,
-    )
+            generation.end()
 
 
 async def unless_gone(request: Request, work: Awaitable[T]) -> T:
@@ -317,32 +356,33 @@ class GenerationResponse(EventSourceResponse):
     """An SSE response that ends its generation when it ends, for whatever reason."""
 
     def __init__(
-        self, generation: Generation, reply: Reply, headers: dict[str, str], drain_timeout_s: float
+        self,
+        generation: Generation,
+        reply: Reply,
+        headers: dict[str, str],
+        drain_timeout_s: float,
+        metrics: Metrics,
     ) -> None:
         self._generation = generation
-        self._job = reply.job
-        self._request_id = headers.get("x-request-id", reply.job.id)
+        self._metrics = metrics
         super().__init__(
             sse_events(generation, reply),
             headers={"Cache-Control": "no-cache", **headers},
             ping=PING_INTERVAL_S,
             ping_message_factory=lambda: ServerSentEvent(comment="keep-alive", sep="\n"),
             sep="\n",
-            send_timeout=SEND_TIMEOUT_S,
             # A stopping server lets streams finish, as it does other requests, then ends them with an error.
             shutdown_grace_period=drain_timeout_s + SHUTDOWN_MARGIN_S,
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._metrics.num_streams += 1
         try:
             await super().__call__(scope, receive, send)
-        except SendTimeoutError:
-            logger.warning("A client read nothing for %g s; its stream was ended.", SEND_TIMEOUT_S)
-            self._generation.abort()
-            await abort_connection(scope, receive)
         finally:
             # The iterator's own finally never runs if it was never started.
-            end(self._job, self._generation, self._request_id)
+            self._metrics.num_streams -= 1
+            self._generation.end()
 
 
 async def sse_events(generation: Generation, reply: Reply) -> AsyncIterator[bytes]:
@@ -361,6 +401,7 @@ async def sse_events(generation: Generation, reply: Reply) -> AsyncIterator[byte
     except Exception as error:
         if not isinstance(error, RequestError):
             logger.exception("Streaming %s failed.", reply.job.id)
+            generation.abort_reason = "internal_error"
         last = reply.failure(error)
     finally:
         generation.abort()

@@ -1,4 +1,4 @@
-"""GET /health, /ping, /ready, /load, /version and /v1/models: what the server is and whether it can answer.
+"""GET /health, /ping, /ready, /load, /version, /metrics and /v1/models: what the server is and how it fares.
 
 Owns the meaning of alive and ready. Knows the engine only by its state. Invariant: /health is 200 only while
 the engine can work (also while it finishes its last requests), /ready only while it takes new ones.
@@ -6,16 +6,20 @@ the engine can work (also while it finishes its last requests), /ready only whil
 
 from __future__ import annotations
 
+import anyio.to_thread
 import msgspec
+from prometheus_client.exposition import choose_encoder
 from starlette.requests import Request
 from starlette.responses import Response
 
 from gqa_serve import __version__
 from gqa_serve.api.answers import ModelCard, ModelList
+from gqa_serve.api.exposition import PREFIX, Exposition
 from gqa_serve.api.serving import ServingContext
-from gqa_serve.errors import EngineUnavailableError, NotFoundError
+from gqa_serve.errors import EngineUnavailableError, NotFoundError, RequestError
 
 _ALIVE = ("ready", "stopping")
+_PREFIXES = {"gqa_serve": PREFIX, "vllm": "vllm:"}
 
 
 class Status(msgspec.Struct):
@@ -63,6 +67,23 @@ class System:
     async def version(self, request: Request) -> Response:
         """The package's version."""
         return _json(Version(__version__))
+
+    async def metrics(self, request: Request) -> Response:
+        """For Prometheus, as text or in its newer form; `names=vllm` gives those of vLLM that mean the same.
+
+        Encoded in a thread: it takes milliseconds that streams would wait for.
+        """
+        names = request.query_params.get("names", "gqa_serve")
+        if names not in _PREFIXES:
+            raise RequestError("names must be gqa_serve or vllm.", param="names")
+        model = next(iter(self._context.model_names), "")
+        everything = Exposition(self._context.metrics.registry, model, _PREFIXES[names])
+        accept = (
+            request.headers.get("accept", "") if names == "gqa_serve" else ""
+        )  # OpenMetrics has no colons
+        encode, content_type = choose_encoder(accept)
+        body = await anyio.to_thread.run_sync(encode, everything)
+        return Response(body, headers={"content-type": content_type})
 
     async def models(self, request: Request) -> Response:
         """Every name clients may use. Raises EngineUnavailableError while there is none yet.

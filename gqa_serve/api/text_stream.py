@@ -11,12 +11,15 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Literal, Protocol
 
+from gqa_serve.api.rate_limits import Admission
 from gqa_serve.engine.detokenizer import TextDelta
 from gqa_serve.engine.request import EngineRequest, TokenLogprobs, TokenOutput
-from gqa_serve.errors import EngineStepError, EngineUnavailableError
+from gqa_serve.errors import EngineStepError, EngineUnavailableError, RequestError
+
+MAX_UNMERGED = 64  # events of each choice that wait as they came, one for each step
 
 
 class TokenStream(Protocol):
@@ -96,19 +99,58 @@ class Choice:
         self.num_cached_tokens = 0
         self.finish_reason: str | None = None
         """Also "abort" and "error"; None while the engine works (or if the client left before the end)."""
+        self.queue_s: float | None = None
+        """How long it waited to be computed; None before its first output."""
+        self.first_s: float | None = None
+        """When its first output came, on the monotonic clock, and its last tokens."""
+        self.last_s = 0.0
+        self.kept = ""
+        """How its text begins, as far as the meter wants it."""
+
+    @property
+    def decode_s(self) -> float:
+        """From its first output to its last tokens."""
+        return 0.0 if self.first_s is None else self.last_s - self.first_s
+
+
+class Meter(Protocol):
+    """Whoever wants to know when tokens come, one call for each output, and when all is over."""
+
+    kept_chars: int
+
+    def began(self, choice: Choice, num_tokens: int) -> None: ...
+
+    def tokens(self, num_tokens: int, gap_s: float) -> None: ...
+
+    def end(self, generation: Generation) -> None: ...
 
 
 class Generation:
-    """All choices of one request. Create it inside a running event loop; call `abort` in a finally."""
+    """All choices of one request. Create it inside a running event loop; call `end` in a finally."""
 
-    def __init__(self, choices: Sequence[Choice]) -> None:
+    def __init__(
+        self,
+        choices: Sequence[Choice],
+        admission: Admission | None = None,
+        meter: Meter | None = None,
+    ) -> None:
         self.choices = list(choices)
+        self.admission = admission or Admission()
         self.started = time.monotonic()
+        self.abort_reason: str | None = None
+        """Set by whoever ends it early, in a word for the metrics."""
+        self._meter = meter
         self._buffer: list[TextEvent] = []
         self._error: Exception | None = None
         self._wakeup = asyncio.Event()
         self._open = len(self.choices)
+        self._timer: asyncio.TimerHandle | None = None
         self._tasks = [asyncio.create_task(self._pump(choice)) for choice in self.choices]
+
+    @property
+    def error(self) -> Exception | None:
+        """What went wrong, if something did."""
+        return self._error
 
     async def _pump(self, choice: Choice) -> None:
         """Drive one choice to its end; whatever goes wrong is raised to the consumer."""
@@ -118,6 +160,8 @@ class Generation:
                 event = self._event(choice, output, is_first)
                 is_first = False
                 self._buffer.append(event)
+                if len(self._buffer) >= MAX_UNMERGED * len(self.choices):
+                    self._buffer = self._take()  # whoever reads slowly costs no more than the answer itself
                 self._wakeup.set()
                 if event.finish_reason is not None:
                     return
@@ -128,11 +172,12 @@ class Generation:
         finally:
             choice.stream.abort()
 
-    @staticmethod
-    def _event(choice: Choice, output: TokenOutput, is_first: bool) -> TextEvent:
+    def _event(self, choice: Choice, output: TokenOutput, is_first: bool) -> TextEvent:
         delta = choice.assembler.feed(output)
         choice.finish_reason = delta.finish_reason
         if delta.finish_reason == "error":
+            if output.refused:
+                raise RequestError(delta.error or "This request cannot be computed.", code="not_computable")
             raise EngineStepError(delta.error or "The engine failed while computing this answer.")
         if delta.finish_reason == "abort":
             raise EngineUnavailableError(
@@ -142,6 +187,8 @@ class Generation:
         if choice.counter is not None:
             choice.num_thinking_tokens += choice.counter.count(delta.token_ids)
         choice.num_cached_tokens = max(choice.num_cached_tokens, output.num_cached_tokens)
+        if self._meter is not None:
+            _measure(self._meter, choice, output, delta)
         return TextEvent(
             choice.index,
             delta.text,
@@ -154,6 +201,16 @@ class Generation:
             delta.stop_logprobs,
             output.pooled,
         )
+
+    def end_at(self, when: float, error: Callable[[], Exception]) -> None:
+        """Fail with `error()` at that time of the event loop's clock, if it has not ended before."""
+        self._timer = asyncio.get_running_loop().call_at(when, lambda: self._fail(error()))
+
+    def _fail(self, error: Exception) -> None:
+        if any(not task.done() for task in self._tasks):
+            self._error = self._error or error
+            self.abort()
+            self._wakeup.set()
 
     async def first_event(self, timeout_s: float) -> None:
         """Wait until there is something to say, or `timeout_s` have passed. Raises what the engine raised.
@@ -193,10 +250,33 @@ class Generation:
 
     def abort(self) -> None:
         """End every choice now. Idempotent; harmless after the normal end."""
+        if self._timer is not None:
+            self._timer.cancel()
         for task in self._tasks:
             task.cancel()
         for choice in self.choices:
             choice.stream.abort()
+
+    def end(self) -> None:
+        """Abort what is still running; the generation is over. To be called once."""
+        self.abort()
+        self.admission.close(sum(choice.num_tokens for choice in self.choices))
+        if self._meter is not None:
+            self._meter.end(self)
+
+
+def _measure(meter: Meter, choice: Choice, output: TokenOutput, delta: TextDelta) -> None:
+    """Note when the tokens of `output` came, and tell."""
+    now, num_tokens = time.monotonic(), len(delta.token_ids)
+    if choice.first_s is None:
+        choice.first_s = choice.last_s = now
+        choice.queue_s = output.queue_s
+        meter.began(choice, num_tokens)
+    elif num_tokens:
+        meter.tokens(num_tokens, now - choice.last_s)
+        choice.last_s = now
+    if len(choice.kept) < meter.kept_chars:
+        choice.kept = (choice.kept + delta.text)[: meter.kept_chars]
 
 
 def _by_choice(events: Sequence[TextEvent]) -> dict[int, list[TextEvent]]:

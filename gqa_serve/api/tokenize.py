@@ -39,7 +39,7 @@ class Tokenize:
     async def tokenize(self, request: Request) -> Response:
         """The token ids of a prompt or a conversation. Raises RequestError."""
         context = self._context
-        fields, raw = await read_request(request, context.config.max_body_bytes, TokenizeRequest)
+        fields, raw = await read_request(request, context.bodies, TokenizeRequest)
         context.check_model(fields.model)
         self._rules.check(raw)
         info = self._info()
@@ -74,7 +74,7 @@ class Tokenize:
     async def detokenize(self, request: Request) -> Response:
         """The text of token ids, special tokens shown. Raises RequestError."""
         context = self._context
-        fields, raw = await read_request(request, context.config.max_body_bytes, DetokenizeRequest)
+        fields, raw = await read_request(request, context.bodies, DetokenizeRequest)
         context.check_model(fields.model)
         self._detokenize_rules.check(raw)
         info = self._info()

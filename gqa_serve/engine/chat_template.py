@@ -6,14 +6,15 @@ options, filters, globals and tags. Owns compiling, rendering and finding out wh
 never change a template or reach Python through it, and nothing a request contains makes rendering fail other
 than with a RequestError.
 
-A template comes with the model and is trusted like the model. The sandbox keeps it from running code and
-bounds range(); the rendered length is bounded here; time is not (a template may loop as long as it likes),
-which is why templates are never taken from a request.
+A template comes with the model; `template_sandbox.py` keeps it from running code and from going on forever,
+and the rendered length is bounded here. Templates are never taken from a request.
 """
 
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
@@ -25,8 +26,8 @@ from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import Macro
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from gqa_serve.engine.template_sandbox import TemplateEnvironment
 from gqa_serve.errors import ModelError, RequestError
 
 MAX_RENDERED_CHARS = 64 * 1024 * 1024
@@ -44,6 +45,7 @@ _RENDER_ERRORS = (
     ArithmeticError,
     AttributeError,
     LookupError,
+    MemoryError,
     RecursionError,
     TypeError,
     ValueError,
@@ -82,11 +84,11 @@ def _tojson(
     )
 
 
-def _environment(now: Callable[[], datetime]) -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
+def _environment(now: Callable[[], datetime]) -> TemplateEnvironment:
+    environment = TemplateEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
     )
-    environment.filters["tojson"] = _tojson
+    environment.add_filter("tojson", _tojson)
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda format: now().strftime(format)
     return environment
@@ -108,6 +110,9 @@ class ChatTemplate:
         source_name: str = "inline template",
         now: Callable[[], datetime] = datetime.now,
     ) -> None:
+        self._timing = threading.Lock()
+        self.slowest_s = 0.0
+        """How long the longest rendering took."""
         self.source = source
         self.source_name = source_name
         self._special_tokens = dict(special_tokens or {})
@@ -119,7 +124,7 @@ class ChatTemplate:
     def _compile(self, source: str) -> jinja2.Template:
         try:
             return self._environment.from_string(source)
-        except (jinja2.TemplateError, RecursionError) as error:
+        except (jinja2.TemplateError, RecursionError, SyntaxError, ValueError, MemoryError) as error:
             line = getattr(error, "lineno", None)
             where = f" (line {line})" if line else ""
             raise ModelError(
@@ -163,7 +168,13 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt,
         }
         template = self._template if tools is None else self._tool_template
-        rendered = _render(template, variables)
+        start = time.perf_counter()
+        try:
+            with self._environment.limited():
+                rendered = _render(template, variables)
+        finally:
+            with self._timing:  # several threads render at once
+                self.slowest_s = max(self.slowest_s, time.perf_counter() - start)
         return rendered if final_text is None else _cut_at_tag(rendered, final_text)
 
     @cached_property

@@ -129,4 +129,6 @@ def _read_gguf(path: Path) -> tuple[dict[str, str], dict[str, str], str]:
     metadata: Mapping[str, Any] = read_gguf_metadata(path)
     keys = {"default": "tokenizer.chat_template", "tool_use": "tokenizer.chat_template.tool_use"}
     templates = {name: metadata[key] for name, key in keys.items() if metadata.get(key)}
+    if not all(isinstance(template, str) for template in templates.values()):
+        raise ModelError(f"{path} has a chat template that is no text; pass one with --chat-template.")
     return templates, gguf_special_tokens(metadata), f"{path.name}"

@@ -1,26 +1,39 @@
 """Requests with a grammar, where they differ from others: they wait for a constraint, and masks fall due.
 
-Owns the requests that the scheduler must not see yet. Knows no grammar (`structured.py` does), no tokens and
-no scheduler. Invariant: a request is here from `add` until `take` or `discard`, and nowhere else meanwhile.
+Owns the requests that the scheduler must not see yet. Knows no grammar (`structured.py` does) and no tokens.
+Invariant: a request is here from `add` until `take` or `discard`, and nowhere else meanwhile.
 """
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import NamedTuple
 
 from gqa_serve.engine.constraints import Constraint, ConstraintError, ConstraintService
 from gqa_serve.engine.request import Request, SamplingParams
+from gqa_serve.engine.scheduler import Scheduled
 from gqa_serve.errors import RequestError
 
+MASK_PATIENCE_S = 0.05  # how long a step waits for the masks of its requests
 PATIENCE_S = 0.02  # how long a step with nothing else to do waits for a constraint
+
+
+def with_masks(scheduled: Scheduled) -> Scheduled:
+    """What can be computed now: those whose masks are late are left for a later step, as others go on."""
+    end = time.monotonic() + MASK_PATIENCE_S
+    return [
+        (request, row)
+        for request, row in scheduled
+        if request.constraint is None or request.constraint.has_mask(max(0.0, end - time.monotonic()))
+    ]
 
 
 class Made(NamedTuple):
     """A request whose constraint is there, or the reason why it never will be."""
 
     request: Request
-    error: str | None
+    error: ConstraintError | None
 
 
 class ConstrainedRequests:
@@ -34,6 +47,11 @@ class ConstrainedRequests:
     def __len__(self) -> int:
         """Requests whose constraint is being made."""
         return len(self._waiting)
+
+    @property
+    def requests(self) -> list[Request]:
+        """Those whose constraint is being made, in order of arrival."""
+        return [request for request, _ in self._waiting.values()]
 
     def __contains__(self, request_id: object) -> bool:
         return request_id in self._waiting
@@ -53,7 +71,11 @@ class ConstrainedRequests:
 
     def discard(self, request_id: str) -> bool:
         """Forget a request that waits; False if it does not."""
-        return self._waiting.pop(request_id, None) is not None
+        waiting = self._waiting.pop(request_id, None)
+        if waiting is None:
+            return False
+        waiting[1].cancel()  # a grammar nobody waits for need not be compiled
+        return True
 
     def take(self, *, idle: bool) -> list[Made]:
         """The requests that need not wait any longer; if the engine is `idle`, some time is spent on that."""
@@ -68,7 +90,7 @@ class ConstrainedRequests:
                     request.constraint = future.result()
                     made.append(Made(request, None))
                 except ConstraintError as error:
-                    made.append(Made(request, str(error)))
+                    made.append(Made(request, error))
         return made
 
     def moved_on(self, constraint: Constraint, *, avoid_end: bool) -> None:

@@ -13,7 +13,14 @@ from typing import Protocol
 
 
 class ConstraintError(Exception):
-    """A constraint that cannot be made, or cannot go on; the message is for the client."""
+    """A constraint that cannot be made, or cannot go on; the message is for the client.
+
+    `is_ours`: not the grammar is to blame, but the machine or this program.
+    """
+
+    def __init__(self, message: str, *, is_ours: bool = False) -> None:
+        super().__init__(message)
+        self.is_ours = is_ours
 
 
 class Constraint(Protocol):
@@ -39,13 +46,16 @@ class Constraint(Protocol):
         the last `append`.
         """
 
+    def has_mask(self, timeout_s: float) -> bool:
+        """Whether `mask` returns at once; waits that long for it."""
+
     @property
     def error(self) -> str | None:
         """Why no mask could be computed."""
 
 
 class ConstraintService(Protocol):
-    """Where constraints come from. No call but `Constraint.mask` waits for anything."""
+    """Where constraints come from. No call but `Constraint.mask` and `has_mask` waits for anything."""
 
     def begin(self, grammar: str) -> Future[Constraint]:
         """A constraint at the beginning of an output; the future raises ConstraintError."""

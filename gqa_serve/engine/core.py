@@ -20,37 +20,37 @@ The device works in the order it is told. Blocks freed while a step in flight st
 handed out at once: whoever gets them writes later.
 
 A step that raises fails only the requests of its plan, and of one launched on top of it: they end with
-"error", their blocks are freed, and the engine goes on. An exception of the scheduler itself is not caught:
-its state can't be trusted then, and whoever runs the engine must replace it.
+"error", their blocks are freed, and the engine goes on. If memory runs out while it is launched, nothing has
+changed yet, and its plan is launched in parts, down to one token of one request. An exception of the
+scheduler itself is not caught: its state can't be trusted then, and whoever runs the engine must replace it.
 """
 
 from __future__ import annotations
 
 import logging
 import random
+import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from gqa_serve.engine.batch import PlanRow, StepPlan
+from gqa_serve.engine.batch import StepPlan
 from gqa_serve.engine.block_pool import BlockPool
-from gqa_serve.engine.constrained import ConstrainedRequests
+from gqa_serve.engine.constrained import ConstrainedRequests, with_masks
 from gqa_serve.engine.constraints import ConstraintError, ConstraintService
+from gqa_serve.engine.endings import Ending, Endings
+from gqa_serve.engine.hidden_rows import PooledStates, PromptScores, fetch_states, last_rows, score_prompts
 from gqa_serve.engine.kv_manager import KVManager
-from gqa_serve.engine.request import EngineRequest, FinishReason, ModelInfo, Request, TokenOutput
-from gqa_serve.engine.sampler import (
-    SCORING_ROWS,
-    Pending,
-    PendingScores,
-    PendingStates,
-    RowOperations,
-    Sample,
-    Sampler,
-)
+from gqa_serve.engine.metrics import EngineSnapshot, StepStats
+from gqa_serve.engine.out_of_memory import is_out_of_memory
+from gqa_serve.engine.pace import Pace
+from gqa_serve.engine.request import EngineRequest, ModelInfo, Request, TokenOutput
+from gqa_serve.engine.sampler import Pending, RowOperations, Sample, Sampler
 from gqa_serve.engine.scheduler import Scheduled, Scheduler, SchedulerLimits
+from gqa_serve.engine.stock import StockTaker
 from gqa_serve.engine.transfer import select_rows
 from gqa_serve.errors import ContextLengthError, RequestError
 
@@ -104,16 +104,8 @@ class _Step:
     sampling: list[Request]
     prompt_only: list[Request]
     samples: Pending | None
-    prompt_scores: list[tuple[Request, PlanRow, list[PendingScores]]]
-    pooled: list[tuple[Request, PlanRow, PendingStates]]
-
-
-class _Ending(NamedTuple):
-    """Why a request ends, and the end-of-sequence or stop token that says so, if one does."""
-
-    reason: FinishReason
-    stop_token_id: int | None = None
-    error: str | None = None
+    prompt_scores: list[PromptScores]
+    pooled: list[PooledStates]
 
 
 class Engine:
@@ -127,16 +119,21 @@ class Engine:
         self.info = runner.info
         limits = SchedulerLimits(config.max_num_seqs, config.max_num_batched_tokens)
         kv = KVManager(BlockPool(self.info.num_blocks, self.info.block_size))
-        self.scheduler = Scheduler(kv, limits, prefix_caching=config.prefix_caching)
+        pace = None if runner.lookahead else Pace()
+        self.scheduler = Scheduler(kv, limits, prefix_caching=config.prefix_caching, pace=pace)
         self.sampler = Sampler(runner.eos_token_ids, runner.row_operations)
-        self._eos = frozenset(runner.eos_token_ids)
+        self._endings = Endings(runner.eos_token_ids)
         self._seeds = random.Random(config.seed)
         self._arrivals = 0
         self._in_flight: deque[_Step] = deque()
         self.num_failed_steps = 0
         """Steps that failed since the last that succeeded."""
         self.num_discarded_tokens = 0
-        """Tokens chosen for requests that had ended by the time the step was collected."""
+        self._stock = StockTaker(self.scheduler)
+        self.stats = StepStats()
+        """What the last step did."""
+        self.on_begin: Callable[[list[str]], None] = _ignore
+        """Called with the ids of requests before the step that computes them first."""
 
     @property
     def num_requests(self) -> int:
@@ -164,29 +161,77 @@ class Engine:
         self.sampler.forget(request_id)
         return self.scheduler.remove(request_id) is not None
 
+    def snapshot(self) -> EngineSnapshot:
+        """The engine at this moment: its blocks, and its requests in the order in which they are computed."""
+        return self._stock.snapshot(self._constrained.requests)
+
     def step(self) -> list[TokenOutput]:
-        """Launch a step and collect one; the outputs of the requests that got tokens or ended in that."""
+        """Launch a step and collect one; the outputs of the requests that got tokens or ended in that.
+
+        `stats` then says what it did.
+        """
+        stats = self.stats = self._stock.begin()
+        with stats.timing("step_s"):
+            outputs = self._step()
+        self._stock.complete(self._constrained.requests)
+        return outputs
+
+    def _step(self) -> list[TokenOutput]:
         outputs = self._admit_constrained()
         if any(request.needs_last_token for step in self._in_flight for request in step.sampling):
             outputs += self._collect()
         self._constrained.prepare_masks()
-        scheduled = self.scheduler.schedule()
-        failure: Exception | None = None
+        with self.stats.timing("schedule_s"):
+            scheduled = self.scheduler.schedule()
+        if not self.runner.lookahead:  # the model computes on the cores that the masks need
+            scheduled = with_masks(scheduled)
+        self._begin([request for request, _ in scheduled if request.queue_s is None])
         if scheduled:
-            if not self.runner.lookahead:  # the model computes on the cores that the masks need
-                for request, _ in scheduled:
-                    if request.constraint is not None:
-                        request.constraint.mask()
+            outputs += self._compute(scheduled)
+        else:
+            outputs += self._collect_but(0)
+        self._constrained.prepare_masks()
+        return outputs
+
+    def _begin(self, requests: Sequence[Request]) -> None:
+        """These will be computed now for the first time."""
+        for request in requests:
+            request.queue_s = time.monotonic() - request.added_s
+        if requests:
+            self.on_begin([request.request_id for request in requests])
+
+    def _compute(self, scheduled: Scheduled) -> list[TokenOutput]:
+        """Launch a plan, in parts if memory runs out, and collect what need not stay in flight."""
+        outputs: list[TokenOutput] = []
+        parts = [scheduled]
+        while parts:
+            part = parts.pop()
+            began = time.perf_counter()
             try:
-                self._in_flight.append(self._launch(scheduled))
+                self._in_flight.append(self._launch(part))
             except Exception as error:
-                failure = error
-        ahead = 1 if self.runner.lookahead and scheduled and failure is None else 0
+                outputs += self._collect_but(0)
+                smaller = self.scheduler.halves(part) if is_out_of_memory(error) else []
+                if not smaller:
+                    outputs += self._fail(part, error)
+                elif not self.stats.num_shrunk:
+                    logger.warning(
+                        "Memory ran out in a step of %d requests; computing it in parts.", len(part)
+                    )
+                    self.scheduler.shrink(part)
+                self.stats.num_shrunk += bool(smaller)
+                parts += reversed(smaller)
+            else:
+                self._stock.computing(part)
+                outputs += self._collect_but(1 if self.runner.lookahead else 0)
+                self.scheduler.took(part, time.perf_counter() - began)
+        return outputs
+
+    def _collect_but(self, ahead: int) -> list[TokenOutput]:
+        """Collect the steps in flight, all but the last `ahead`."""
+        outputs = []
         while len(self._in_flight) > ahead:
             outputs += self._collect()
-        if failure is not None:
-            outputs += self._fail(scheduled, failure)
-        self._constrained.prepare_masks()
         return outputs
 
     def _check(self, spec: EngineRequest) -> None:
@@ -198,7 +243,7 @@ class Engine:
         self._constrained.check(spec.params)
         if spec.pooling is not None and spec.params.max_tokens != 0:
             raise RequestError("A request for pooling generates nothing: max_tokens must be 0.")
-        if not all(0 <= token < self.info.vocab_size for token in spec.prompt):
+        if min(spec.prompt) < 0 or max(spec.prompt) >= self.info.vocab_size:
             raise RequestError("The prompt holds a token id outside the vocabulary.", param="prompt")
         if not all(0 <= token < self.info.vocab_size for token in spec.end_token_ids):
             raise RequestError("end_token_ids holds a token id outside the vocabulary.")
@@ -211,16 +256,16 @@ class Engine:
         outputs = []
         for request, error in self._constrained.take(idle=len(self.scheduler) == 0 and not self._in_flight):
             self.scheduler.add(request)
-            end: _Ending | None
+            end: Ending | None
             try:
-                end = self._follow(request) if error is None else _Ending("error", error=error)
+                end = self._follow(request) if error is None else Ending.of_constraint(error)
             except ConstraintError as failure:
-                end = _Ending("error", error=str(failure))
+                end = Ending.of_constraint(failure)
             if end is not None:
                 outputs.append(self._end(request, end))
         return outputs
 
-    def _follow(self, request: Request) -> _Ending | None:
+    def _follow(self, request: Request) -> Ending | None:
         """After the last known token: append those that must come next, and tell whether that is the end.
 
         They are computed in the next step, as a chunk. Raises ConstraintError.
@@ -230,19 +275,19 @@ class Engine:
         if self._takes_forced_tokens(request) and not constraint.finished:
             forced = []
             for token in constraint.forced():
-                if self._is_banned(request, token):
+                if self._endings.bans(request, token):
                     break  # there will be no token to choose
                 forced.append(token)
                 request.tokens.append(token)
                 request.num_tokens += 1
-                if self._ends_by(request, token) is not None:
+                if self._endings.of(request, token) is not None:
                     break
             request.unsent += forced
             constraint.append(forced)
-            if forced and (end := self._ends_by(request, forced[-1])) is not None:
+            if forced and (end := self._endings.of(request, forced[-1])) is not None:
                 return end
         if constraint.finished:
-            return _Ending("stop")
+            return Ending("stop")
         params = request.params
         avoid_end = params.ignore_eos or len(request.tokens) - request.num_prompt_tokens < params.min_tokens
         self._constrained.moved_on(constraint, avoid_end=avoid_end)
@@ -262,16 +307,19 @@ class Engine:
         previous = self._in_flight[-1].samples if self._in_flight else None
         plan = StepPlan([row for _, row in scheduled])
         tokens = None if previous is None or len(previous.tokens) == 0 else previous.tokens
-        hidden = self.runner.execute(plan, tokens)
-        prompt_scores = self._score_prompts(scheduled, hidden)
-        pooled = self._fetch_states(scheduled, hidden)
-        ends = _last_logit_rows(scheduled)
+        with self.stats.timing("forward_s"):
+            hidden = self.runner.execute(plan, tokens)
+        prompt_scores = score_prompts(scheduled, hidden, self.runner.logits, self.sampler)
+        pooled = fetch_states(scheduled, hidden, self.sampler)
+        ends = last_rows(scheduled)
         sampling = [request for request, _ in ends if request.params.max_tokens != 0]
         samples = None
         if sampling:
             rows = [row for request, row in ends if request.params.max_tokens != 0]
-            logits = self.runner.logits(select_rows(hidden, rows))
-            samples = self.sampler.launch(logits, sampling)
+            with self.stats.timing("forward_s"):
+                logits = self.runner.logits(select_rows(hidden, rows))
+            with self.stats.timing("sample_s"):
+                samples = self.sampler.launch(logits, sampling)
         elif not prompt_scores and not pooled:
             samples = self.sampler.nothing(hidden)
         for request, row in scheduled:
@@ -282,45 +330,16 @@ class Engine:
         prompt_only = [request for request, _ in ends if request.params.max_tokens == 0]
         return _Step(scheduled, sampling, prompt_only, samples, prompt_scores, pooled)
 
-    def _score_prompts(
-        self, scheduled: Scheduled, hidden: torch.Tensor
-    ) -> list[tuple[Request, PlanRow, list[PendingScores]]]:
-        """Log-probabilities of the prompt tokens whose predecessors this step computes."""
-        result = []
-        begin = 0
-        for request, row in scheduled:
-            if request.scores_prompt and row.start < request.num_prompt_tokens:
-                prompt = request.tokens[: request.num_prompt_tokens]
-                targets = prompt[row.start + 1 : row.start + 1 + len(row.token_ids)]
-                parts = []
-                for first in range(0, len(targets), SCORING_ROWS):
-                    part = targets[first : first + SCORING_ROWS]
-                    logits = self.runner.logits(hidden[begin + first : begin + first + len(part)])
-                    parts.append(self.sampler.score(logits, part, request.params.prompt_logprobs or 0))
-                result.append((request, row, parts))
-            begin += row.num_logits
-        return result
-
-    def _fetch_states(
-        self, scheduled: Scheduled, hidden: torch.Tensor
-    ) -> list[tuple[Request, PlanRow, PendingStates]]:
-        """The hidden states that this step computes for requests with `pooling`."""
-        result, end = [], 0
-        for request, row in scheduled:
-            begin, end = end, end + row.num_logits
-            if request.spec.pooling is not None and row.num_logits:
-                result.append((request, row, self.sampler.states(hidden[begin:end])))
-        return result
-
     def _collect(self) -> list[TokenOutput]:
         """Wait for the step that was launched first, and hand out what it gave."""
         step = self._in_flight.popleft()
         try:
-            samples = step.samples.result() if step.samples is not None else []
-            scores = [
-                [entry for part in parts for entry in part.result()] for *_, parts in step.prompt_scores
-            ]
-            states = [pending.result() for *_, pending in step.pooled]
+            with self.stats.timing("sample_s"):
+                samples = step.samples.result() if step.samples is not None else []
+                scores = [
+                    [entry for part in parts for entry in part.result()] for *_, parts in step.prompt_scores
+                ]
+                states = [pending.result() for *_, pending in step.pooled]
         except Exception as error:
             # What was launched on top of it read its tokens and its blocks.
             failed = [pair for failing in (step, *self._in_flight) for pair in failing.scheduled]
@@ -340,68 +359,51 @@ class Engine:
                 outputs.append(self._accept(request, sample))
             else:
                 self.num_discarded_tokens += 1
+                self.stats.num_discarded_tokens += 1
         return outputs + [self._end_prompt(r) for r in step.prompt_only if self.scheduler.holds(r)]
 
     def _end_prompt(self, request: Request) -> TokenOutput:
         """End a request that wanted nothing but its prompt computed: scored, pooled, or for the cache."""
         if request.spec.pooling is None:
-            return self._end(request, _Ending("length"))
+            return self._end(request, Ending("length"))
         vector = request.pool.mean() if request.spec.pooling == "mean" else request.pool.last()
         if not np.isfinite(vector).all():
-            return self._end(request, _Ending("error", error=_NOT_FINITE))
-        output = self._end(request, _Ending("length"))
+            return self._end(request, Ending("error", error=_NOT_FINITE))
+        output = self._end(request, Ending("length"))
         output.pooled = vector.astype("<f4").tobytes()
         return output
 
     def _fail(self, scheduled: Scheduled, error: Exception) -> list[TokenOutput]:
         """End the requests of a plan that could not be computed, those that have not ended since."""
         self.num_failed_steps += 1
+        self.stats.num_failed_steps += 1
         failed = {request: None for request, _ in scheduled if self.scheduler.holds(request)}
         logger.error("A step of %d requests failed; ending them.", len(failed), exc_info=error)
         message = f"The engine failed to compute this request ({type(error).__name__})."
-        return [self._end(request, _Ending("error", error=message)) for request in failed]
+        if is_out_of_memory(error):
+            message = "There is not enough memory to compute this request. Try again later, or send less."
+        return [self._end(request, Ending("error", error=message)) for request in failed]
 
     def _accept(self, request: Request, sample: Sample) -> TokenOutput:
         """Append a sampled token, with those that must follow it, and end the request if that ends it."""
         constraint = request.constraint
         if sample.token_id is None:
             error = constraint.error if constraint is not None else None
-            return self._end(request, _Ending("error", error=error or _NO_TOKEN))
+            refused = error is not None or request.params.allowed_token_ids is not None
+            return self._end(request, Ending("error", error=error or _NO_TOKEN, refused=refused))
         token = sample.token_id
         request.tokens.append(token)
         request.unsent.append(token)
-        end = self._ends_by(request, token)
+        end = self._endings.of(request, token)
         if constraint is not None and end is None:
             try:
                 constraint.append([token])
                 end = self._follow(request)
             except ConstraintError as failure:
-                end = _Ending("error", error=str(failure))
+                end = Ending.of_constraint(failure)
         if end is None:
             return self._output(request, sample)
         return self._end(request, end, sample)
-
-    def _ends_by(self, request: Request, token: int) -> _Ending | None:
-        """Whether `token`, the last that is known, ends the request."""
-        params, num_known = request.params, len(request.tokens)  # a step in flight may be choosing one more
-        if self._is_stop(request, token) and num_known - request.num_prompt_tokens > params.min_tokens:
-            return _Ending("stop", token)
-        if request.constraint is not None and token in self._eos:
-            return _Ending("stop", token)  # its mask has weighed min_tokens and ignore_eos
-        return _Ending("length") if num_known >= request.max_num_tokens else None
-
-    def _is_stop(self, request: Request, token: int) -> bool:
-        params = request.params
-        ends = token in self._eos or token in request.spec.end_token_ids
-        return token in params.stop_token_ids or (ends and not params.ignore_eos)
-
-    def _is_banned(self, request: Request, token: int) -> bool:
-        """Whether the sampler would refuse `token` as the next, whatever the constraint says."""
-        params = request.params
-        if params.allowed_token_ids is not None and token not in params.allowed_token_ids:
-            return True
-        ends = (*params.stop_token_ids, *request.spec.end_token_ids)
-        return request.num_output_tokens < params.min_tokens and token in ends
 
     def _output(self, request: Request, sample: Sample | None = None) -> TokenOutput:
         output = TokenOutput(request_id=request.request_id, num_cached_tokens=request.num_cached_tokens)
@@ -410,21 +412,17 @@ class Engine:
             output.logprobs = [sample.logprobs]
         if request.scores_prompt:
             output.prompt_logprobs = list(request.prompt_logprobs)
+        if not request.has_output:
+            output.queue_s = request.queue_s
         request.has_output = True
         return output
 
-    def _end(self, request: Request, end: _Ending, sample: Sample | None = None) -> TokenOutput:
+    def _end(self, request: Request, end: Ending, sample: Sample | None = None) -> TokenOutput:
         output = self._output(request, sample)
-        output.finish_reason, output.stop_token_id, output.error = end
+        output.finish_reason, output.stop_token_id, output.error, output.refused = end
         self.abort(request.request_id)
         return output
 
 
-def _last_logit_rows(scheduled: Scheduled) -> list[tuple[Request, int]]:
-    """Requests that caught up in this step, with the row of `hidden` that predicts their next token."""
-    result, end = [], 0
-    for request, row in scheduled:
-        end += row.num_logits
-        if row.start + len(row.token_ids) == request.num_tokens:
-            result.append((request, end - 1))
-    return result
+def _ignore(request_ids: list[str]) -> None:
+    """Nobody wants to know."""

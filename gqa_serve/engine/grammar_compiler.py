@@ -6,11 +6,14 @@ Invariant: a matcher handed out has no error and is at its beginning; nobody els
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import TypeVar
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
@@ -20,7 +23,7 @@ from gqa_serve.engine.request import MAX_GRAMMAR_CHARS
 from gqa_serve.engine.tokenizer import Tokenizer
 
 _MAX_CACHED_GRAMMARS = 64
-_MAX_CACHED_CHARS = 4 * 1024 * 1024
+_MAX_CACHED_CHARS = 1024 * 1024  # compiled, a character takes up to 70 bytes
 # The compiler calls itself for each rule or $ref that leads to the next, of which a text can hold many.
 # Memory is taken only as far as the stack is used.
 _STACK_BYTES = 512 * 1024 * 1024
@@ -32,6 +35,7 @@ _SLICES = [
     *(rf'[^"\\\x00-\x1F\x7F]{{1,{length}}}' for length in _STRING_LENGTHS),
     r'[^"\\\x00-\x1F\x7F]+',
 ]
+_NICE = 10  # of threads that compile
 _MARK = "\x02"  # a character that no vocabulary merges with what follows it
 
 T = TypeVar("T")
@@ -110,6 +114,19 @@ class GrammarCompiler:
             raise GrammarError(str(found))
         return found.deep_copy()
 
+    def warm_up(self) -> None:
+        """Read the vocabulary now: that holds the interpreter's lock for tenths of a second.
+
+        A vocabulary that no grammar can be made for is left to whoever brings one.
+        """
+        with self._compiling, suppress(GrammarError):
+            self._read_vocabulary()
+
+    def _read_vocabulary(self) -> LLTokenizer:
+        if self._vocabulary is None:
+            self._vocabulary = make_ll_tokenizer(self._tokenizer, self._eos)
+        return self._vocabulary
+
     def find(self, grammar: str) -> LLMatcher | None:
         """A matcher at the beginning of `grammar` if that was compiled before, without waiting."""
         found = self._find(grammar)
@@ -130,12 +147,11 @@ class GrammarCompiler:
     def _compile(self, grammar: str) -> LLMatcher | GrammarError:
         if len(grammar) > MAX_GRAMMAR_CHARS:
             return GrammarError(f"A grammar may have {MAX_GRAMMAR_CHARS} characters.")
-        if self._vocabulary is None:
-            try:
-                self._vocabulary = make_ll_tokenizer(self._tokenizer, self._eos)
-            except GrammarError as error:
-                return error
-        matcher = LLMatcher(self._vocabulary, grammar, log_level=0, limits=parser_limits())
+        try:
+            vocabulary = self._read_vocabulary()
+        except GrammarError as error:
+            return error
+        matcher = LLMatcher(vocabulary, grammar, log_level=0, limits=parser_limits())
         if not matcher.is_error():
             # Some are too complex only when they are used. Copies keep what this finds out.
             matcher.compute_bitmask()
@@ -165,6 +181,14 @@ def _explain(message: str) -> str:
     return f"The grammar cannot be enforced: {one_line(message)}."
 
 
+def _yield_to_others() -> None:
+    """Take little of a core that steps or the event loop want: on Linux each thread has a priority."""
+    if sys.platform == "linux":
+        with suppress(OSError):  # not allowed here
+            mine = max(_NICE, os.getpriority(os.PRIO_PROCESS, 0))
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), mine)
+
+
 def _on_large_stack(work: Callable[[], T]) -> T:
     """`work()` in a thread of its own. Raises what it raises."""
     result: list[T] = []
@@ -172,6 +196,7 @@ def _on_large_stack(work: Callable[[], T]) -> T:
 
     def run() -> None:
         try:
+            _yield_to_others()
             result.append(work())
         except Exception as error:
             failure.append(error)

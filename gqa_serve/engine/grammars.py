@@ -125,6 +125,13 @@ def check_grammar(grammar: str, tokenizer: Tokenizer, *, param: str) -> None:
         raise RequestError(str(error), param=param) from error
 
 
+def warm_up(tokenizer: Tokenizer) -> None:
+    """Do now what the first `check_grammar` would do beside others' requests, holding the interpreter."""
+    from gqa_serve.engine.grammar_compiler import compiler_for
+
+    compiler_for(tokenizer).warm_up()
+
+
 def _escape_in_regex(match: re.Match[str]) -> str:
     return {"/": r"\/", "\n": r"\n", "\\\n": r"\n"}.get(match[0], match[0])
 

@@ -66,12 +66,13 @@ class KVManager:
 
     def extend(self, request_id: str, num_tokens: int) -> bool:
         """Make the request's blocks cover `num_tokens`; False, changing nothing, if too few are free."""
-        held = self._held[request_id]
-        missing = self.blocks_for(num_tokens) - len(held.block_ids)
+        block_ids = self._held[request_id].block_ids
+        missing = self.blocks_for(num_tokens) - len(block_ids)
+        if missing <= 0:  # nearly always, while a request decodes
+            return True
         if missing > self.pool.num_free:
             return False
-        if missing > 0:
-            held.block_ids += self.pool.allocate(missing)
+        block_ids += self.pool.allocate(missing)
         return True
 
     def publish(self, request_id: str, tokens: Sequence[int], num_computed_tokens: int) -> None:

@@ -21,20 +21,17 @@ from gqa_serve.engine.backends.base import Backend
 from gqa_serve.engine.batch import PlanRow, StepPlan
 from gqa_serve.engine.cpus import usable_cores
 from gqa_serve.engine.kv_cache import KVCache
+from gqa_serve.engine.memory import cpu_kv_budget, format_bytes, free_machine_memory, gpu_kv_budget
 from gqa_serve.engine.model_config import ModelConfig
 from gqa_serve.engine.models.loader import load_model
 from gqa_serve.engine.request import ModelInfo, SamplingParams, sampling_defaults
 from gqa_serve.engine.sampler import SCORING_ROWS, PendingScores, RowOperations
-from gqa_serve.engine.weights.checkpoint import open_checkpoint
+from gqa_serve.engine.weights.checkpoint import Checkpoint, open_checkpoint
 from gqa_serve.engine.weights.hub import demo_defaults
 from gqa_serve.errors import CacheCapacityError, ConfigError, ModelError, RequestError
 
 logger = logging.getLogger(__name__)
 
-# What the KV cache may take of a CPU's free memory, which is shared with everything else on the machine,
-# where --kv-cache-memory does not say. Of a GPU's, --gpu-memory-utilization decides.
-_CPU_MEMORY_SHARE = 0.5
-_CPU_KV_CACHE = 4 * 2**30  # unless one request of the longest context needs more
 _QUANTIZED = ("int8", "int4", "fp8")
 
 OnTensor = Callable[[int, int], None]
@@ -42,25 +39,39 @@ OnTensor = Callable[[int, int], None]
 
 
 class ModelRunner:
-    """A loaded model over its KV cache. `path` is a directory or .gguf file (see `resolve_model`)."""
+    """A loaded model over its KV cache. `path` is a directory or .gguf file (see `resolve_model`), or an open
+    checkpoint; `model_config` stands in for what its config.json says."""
 
-    def __init__(self, path: Path, config: EngineConfig, on_tensor: OnTensor | None = None) -> None:
+    def __init__(
+        self,
+        path: Path | Checkpoint,
+        config: EngineConfig,
+        on_tensor: OnTensor | None = None,
+        *,
+        model_config: ModelConfig | None = None,
+    ) -> None:
         try:
-            self._load(path, config, on_tensor)
+            self._load(path, config, on_tensor, model_config)
         except torch.OutOfMemoryError as error:
             raise CacheCapacityError(
                 "The GPU does not have the memory for this model and its largest step; use --quantization, "
                 "or lower --max-num-batched-tokens, --max-num-seqs or --gpu-memory-utilization."
             ) from error
 
-    def _load(self, path: Path, config: EngineConfig, on_tensor: OnTensor | None) -> None:
-        checkpoint = open_checkpoint(path)
+    def _load(
+        self,
+        path: Path | Checkpoint,
+        config: EngineConfig,
+        on_tensor: OnTensor | None,
+        model_config: ModelConfig | None,
+    ) -> None:
+        checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
         generation_config = demo_defaults(config.model) | checkpoint.generation_config
         try:
             sampling_defaults(generation_config)
         except RequestError as error:
             raise ModelError(f"generation_config.json recommends what cannot be used: {error}") from error
-        self.config = ModelConfig.from_hf(checkpoint.raw_config, checkpoint.generation_config)
+        self.config = model_config or ModelConfig.from_hf(checkpoint.raw_config, checkpoint.generation_config)
         if config.max_model_len is not None:
             self.config = self.config.with_max_model_len(config.max_model_len)
         self.device = choose_device(config.device)
@@ -200,10 +211,10 @@ class ModelRunner:
         if asked is not None:
             budget = asked
         elif self.device.type == "cpu":
-            budget = int(min(free * _CPU_MEMORY_SHARE, max(_CPU_KV_CACHE, blocks_per_request * size)))
+            budget = cpu_kv_budget(free, blocks_per_request * size)
         else:
-            in_use = total_memory(self.device) - free
-            budget = int(total_memory(self.device) * config.gpu_memory_utilization) - in_use
+            total = total_memory(self.device)
+            budget = gpu_kv_budget(total, total - free, config.gpu_memory_utilization)
         if budget < size:
             cure = "free memory or choose a smaller model" if asked is None else "raise --kv-cache-memory"
             if asked is None and self.device.type != "cpu":
@@ -292,27 +303,4 @@ def free_memory(device: torch.device) -> int:
     """Bytes free on `device`."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return min(psutil.virtual_memory().available, *_cgroup_free())
-
-
-def _cgroup_free() -> list[int]:
-    """What a container's memory limit (cgroup v2, then v1) leaves free; psutil does not see it."""
-    free = [2**63 - 1]
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        if Path(limit).exists() and Path(used).exists():
-            text = Path(limit).read_text().strip()
-            if text != "max":
-                free.append(max(0, int(text) - int(Path(used).read_text())))
-    return free
-
-
-def format_bytes(count: float) -> str:
-    """512.0 MiB"""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} GiB"
+    return free_machine_memory()

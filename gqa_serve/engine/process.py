@@ -8,32 +8,32 @@ Owns the process's life: it ends on `Stop`, when the other end closes (the API p
 from __future__ import annotations
 
 import logging
-import select
 import signal
 import socket
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
+from gqa_serve.engine.channel import Channel, Closed
 from gqa_serve.engine.core import Engine
+from gqa_serve.engine.profiling import Profiling
 from gqa_serve.engine.request import TokenOutput
 from gqa_serve.engine.structured import GrammarService
 from gqa_serve.engine.wire import (
-    LENGTH,
     Abort,
     Add,
+    Begun,
+    EndProfile,
     Failed,
-    FromEngine,
+    Inspect,
     Loading,
     Outputs,
+    Profile,
     Ready,
+    Snapshot,
     Start,
     Stop,
-    ToEngine,
-    frame,
-    to_engine_decoder,
 )
 from gqa_serve.errors import GqaServeError, RequestError
 from gqa_serve.logs import configure_logging
@@ -41,54 +41,6 @@ from gqa_serve.logs import configure_logging
 logger = logging.getLogger(__name__)
 
 _MAX_FAILED_STEPS = 3
-_RECEIVE_BYTES = 1 << 18
-
-
-class Closed(Exception):
-    """The other end of the socket is gone."""
-
-
-class Channel:
-    """Whole messages over a connected socket."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
-        self._buffer = bytearray()
-
-    def send(self, message: FromEngine) -> None:
-        """Send, waiting for room. Raises Closed."""
-        try:
-            self._sock.sendall(frame(message))
-        except OSError as error:
-            raise Closed from error
-
-    def receive(self, *, wait: bool) -> Iterator[ToEngine]:
-        """The messages that have arrived; with `wait`, at least one. Raises Closed."""
-        yielded = False
-        while True:
-            for data in self._whole_frames():
-                yielded = True
-                yield to_engine_decoder.decode(data)
-            timeout = None if wait and not yielded else 0
-            if not select.select([self._sock], [], [], timeout)[0]:
-                return
-            try:
-                data = self._sock.recv(_RECEIVE_BYTES)
-            except OSError as error:
-                raise Closed from error
-            if not data:
-                raise Closed
-            self._buffer += data
-
-    def _whole_frames(self) -> Iterator[bytes]:
-        while len(self._buffer) >= LENGTH.size:
-            (length,) = LENGTH.unpack_from(self._buffer)
-            end = LENGTH.size + length
-            if len(self._buffer) < end:
-                return
-            data = bytes(self._buffer[LENGTH.size : end])
-            del self._buffer[:end]
-            yield data
 
 
 def load_engine(start: Start, channel: Channel) -> Engine:
@@ -98,11 +50,15 @@ def load_engine(start: Start, channel: Channel) -> Engine:
     runner = ModelRunner(
         Path(start.path), start.config, lambda done, total: channel.send(Loading(done, total))
     )
-    return Engine(runner, start.config, GrammarService.for_model(Path(start.path), runner.eos_token_ids))
+    grammars = GrammarService.for_model(Path(start.path), runner.eos_token_ids)
+    grammars.warm_up()
+    return Engine(runner, start.config, grammars)
 
 
 def serve(engine: Engine, channel: Channel) -> int:
     """Run until told to stop. Returns the exit status; raises Closed if the other end goes away."""
+    profiling = Profiling(engine, channel.send)
+    engine.on_begin = lambda request_ids: channel.send(Begun(request_ids))
     while True:
         outputs: list[TokenOutput] = []
         for message in channel.receive(wait=not engine.has_work):
@@ -115,11 +71,15 @@ def serve(engine: Engine, channel: Channel) -> int:
                     outputs.append(refused)
             elif isinstance(message, Abort):
                 engine.abort(message.request_id)
+            elif isinstance(message, Inspect):
+                channel.send(Snapshot(message.ask_id, engine.snapshot()))
+            elif isinstance(message, Profile | EndProfile):
+                profiling.take(message)
             elif isinstance(message, Stop):
                 return 0
         outputs += engine.step()
-        if outputs:
-            channel.send(Outputs(outputs))
+        channel.send(Outputs(outputs, engine.stats))
+        profiling.stepped(engine.stats.num_requests)
         if engine.num_failed_steps >= _MAX_FAILED_STEPS:
             logger.error("%d steps in a row have failed; the engine process gives up.", _MAX_FAILED_STEPS)
             return 70
@@ -135,7 +95,7 @@ def main(fd: int) -> int:
         start = next(channel.receive(wait=True))
         if not isinstance(start, Start):
             raise msgspec.ValidationError(f"expected Start, got {type(start).__name__}")
-        configure_logging(start.log_level)
+        configure_logging(start.log_level, start.log_format, process="engine")
         try:
             engine = load_engine(start, channel)
         except (GqaServeError, MemoryError) as error:
@@ -145,6 +105,9 @@ def main(fd: int) -> int:
         return serve(engine, channel)
     except Closed:
         return 0
+    except Exception:
+        logger.exception("The engine process failed.")  # as a line of the log, whatever its format is
+        return 1
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ No torch here.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -239,7 +240,8 @@ class TokenOutput(msgspec.Struct, kw_only=True, omit_defaults=True):
     `stop_token_id` is the end-of-sequence or stop token that ended it; it is the last of `token_ids`.
     `prompt_logprobs` comes once, with the first output; its first entry is None (nothing precedes the first
     token). `pooled` comes with the one output of a request with `pooling`: E float32 numbers, little-endian,
-    not normalised. `error` explains "error".
+    not normalised. `error` explains "error"; `refused`: the request brought it with it. `queue_s`, with the
+    first output, is how long the request waited to be computed.
     """
 
     request_id: str
@@ -251,6 +253,8 @@ class TokenOutput(msgspec.Struct, kw_only=True, omit_defaults=True):
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     error: str | None = None
+    refused: bool = False
+    queue_s: float | None = None
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -315,6 +319,8 @@ class Request:
         self.pool = Pool()
         self.unsent: list[int] = []
         self.has_output = False
+        self.added_s = time.monotonic()
+        self.queue_s: float | None = None  # None until it is first computed
 
     @property
     def num_output_tokens(self) -> int:

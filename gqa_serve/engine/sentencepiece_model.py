@@ -22,7 +22,7 @@ def read_sentencepiece_model(path: Path) -> SpmVocabulary:
     """The vocabulary in `path`. ModelError for a damaged file, UnsupportedModelError for other types."""
     try:
         return _parse_model(path.read_bytes())
-    except (OSError, IndexError, ValueError, struct.error) as error:
+    except (OSError, LookupError, ValueError, struct.error) as error:
         raise ModelError(
             f"{path} is not a SentencePiece model ({error}); download it again, or use a tokenizer.json."
         ) from error

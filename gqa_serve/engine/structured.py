@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -65,6 +65,11 @@ class GrammarConstraint:
         self._mask.result()
         return self._bits
 
+    def has_mask(self, timeout_s: float) -> bool:
+        """Whether `mask` returns at once; waits that long for it."""
+        assert self._mask is not None, "no mask was asked for"
+        return self._mask.done() or bool(wait([self._mask], timeout=timeout_s).done)
+
     def compute(self, avoid_end: bool) -> None:
         """What `mask` returns; in a mask thread."""
         self._bits = b""
@@ -100,8 +105,7 @@ class GrammarService:
         self._eos = tuple(eos_token_ids)
         self._compiler: GrammarCompiler | None = None
         self._compiling = ThreadPoolExecutor(1, "grammar-compiler")
-        self._num_threads = min(_MAX_MASK_THREADS, usable_cores())
-        self._masks = ThreadPoolExecutor(self._num_threads, "grammar-masks")
+        self._masks = ThreadPoolExecutor(min(_MAX_MASK_THREADS, usable_cores()), "grammar-masks")
 
     @classmethod
     def for_model(cls, path: Path, eos_token_ids: Iterable[int]) -> GrammarService:
@@ -113,6 +117,23 @@ class GrammarService:
             return load_tokenizer(path)
 
         return cls(load, eos_token_ids)
+
+    def warm_up(self) -> None:
+        """Get ready for the first grammar, which would hold up everyone while the vocabulary is read."""
+        self._compiling.submit(self._warm_up)
+
+    def _warm_up(self) -> None:
+        try:
+            self._get_compiler().warm_up()
+        except Exception:  # the first request with a grammar is told; others need none
+            logger.warning("This model's vocabulary cannot be read for grammars.", exc_info=True)
+
+    def _get_compiler(self) -> GrammarCompiler:
+        from gqa_serve.engine.grammar_compiler import GrammarCompiler
+
+        if self._compiler is None:
+            self._compiler = GrammarCompiler(self._load_tokenizer(), self._eos)
+        return self._compiler
 
     def begin(self, grammar: str) -> Future[Constraint]:
         """A constraint at the beginning of an output; the future raises ConstraintError.
@@ -128,25 +149,20 @@ class GrammarService:
 
     def prepare(self, constraints: Sequence[tuple[Constraint, bool]]) -> None:
         """Compute the masks of `constraints`, all of which are this service's, in the mask threads."""
-        own = cast("Sequence[tuple[GrammarConstraint, bool]]", constraints)
-        for first in range(min(self._num_threads, len(own))):
-            share = own[first :: self._num_threads]
-            computed = self._masks.submit(_compute, share)
-            for constraint, _ in share:
-                constraint.await_mask(computed)
+        for constraint, avoid_end in cast("Sequence[tuple[GrammarConstraint, bool]]", constraints):
+            constraint.await_mask(self._masks.submit(constraint.compute, avoid_end))
 
     def _begin(self, grammar: str) -> Constraint:
-        from gqa_serve.engine.grammar_compiler import GrammarCompiler, GrammarError
+        from gqa_serve.engine.grammar_compiler import GrammarError
 
         try:
-            if self._compiler is None:
-                self._compiler = GrammarCompiler(self._load_tokenizer(), self._eos)
-            return GrammarConstraint(self._compiler.compile(grammar), self._eos)
+            return GrammarConstraint(self._get_compiler().compile(grammar), self._eos)
         except (GrammarError, ModelError) as error:
-            raise ConstraintError(str(error)) from error
+            raise ConstraintError(str(error), is_ours=isinstance(error, ModelError)) from error
         except Exception as error:  # no thread, no memory, no file: this request's end, not the engine's
             logger.exception("A grammar could not be compiled.")
-            raise ConstraintError("The engine could not compile this grammar; its log says why.") from error
+            message = "The engine could not compile this grammar; its log says why."
+            raise ConstraintError(message, is_ours=True) from error
 
 
 @contextmanager
@@ -159,11 +175,6 @@ def _native() -> Iterator[None]:
     except BaseException as error:  # a panic of native code is no Exception
         logger.exception("A grammar could not be followed.")
         raise ConstraintError("The engine could not follow this grammar; its log says why.") from error
-
-
-def _compute(constraints: Sequence[tuple[GrammarConstraint, bool]]) -> None:
-    for constraint, avoid_end in constraints:
-        constraint.compute(avoid_end)
 
 
 def _failure(matcher: LLMatcher) -> str:

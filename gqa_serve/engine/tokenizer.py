@@ -45,6 +45,9 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         self.special_ids: frozenset[int] = frozenset(id_ for id_, token in added.items() if token.special)
         self._added: dict[str, int] = {token.content: id_ for id_, token in added.items()}
+        self.normalizes_special_texts = backend.normalizer is not None and any(
+            token.special and token.normalized for token in added.values()
+        )
         self.special_texts: list[str] = [token.content for token in added.values() if token.special]
         self.vocab_size: int = vocab_size or max(backend.get_vocab(with_added_tokens=True).values()) + 1
         self.bos_token_id: int | None = self._id_of("bos_token")
@@ -54,6 +57,10 @@ class Tokenizer:
         text = self.special_tokens.get(name)
         token_id: int | None = None if text is None else self._backend.token_to_id(text)
         return token_id
+
+    def save(self, path: Path) -> None:
+        """Write a tokenizer.json, which transformers and `load_tokenizer` read. Raises OSError."""
+        path.write_text(self._backend.to_str(pretty=True), encoding="utf-8")
 
     def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = False) -> list[int]:
         """Token ids of `text`.
@@ -80,8 +87,11 @@ class Tokenizer:
 
         Ids outside the vocabulary (padding rows of the embedding) add nothing.
         """
-        text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
-        return text
+        if len(ids) > LONG_TEXT_CHARS:  # keeps the interpreter's lock for less time
+            (text,) = self._backend.decode_batch([list(ids)], skip_special_tokens=skip_special_tokens)
+        else:
+            text = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return str(text)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes `token_id` adds to a text; a special token gives its own text, an unknown id nothing."""

@@ -11,6 +11,7 @@ import struct
 import msgspec
 
 from gqa_serve.config import EngineConfig
+from gqa_serve.engine.metrics import EngineSnapshot, StepStats
 from gqa_serve.engine.request import EngineRequest, ModelInfo, TokenOutput
 
 LENGTH = struct.Struct("<I")
@@ -22,6 +23,7 @@ class Start(msgspec.Struct, tag=True):
     path: str
     config: EngineConfig
     log_level: str
+    log_format: str = "text"
 
 
 class Add(msgspec.Struct, tag=True):
@@ -34,6 +36,26 @@ class Abort(msgspec.Struct, tag=True):
     """End a request and free its blocks; it may have ended already."""
 
     request_id: str
+
+
+class Inspect(msgspec.Struct, tag=True):
+    """Answer with a `Snapshot` of the same `ask_id`."""
+
+    ask_id: int
+
+
+class Profile(msgspec.Struct, tag=True):
+    """Record the next `num_steps` steps that compute something; answer with `Profiled`."""
+
+    ask_id: int
+    num_steps: int
+
+
+class EndProfile(msgspec.Struct, tag=True):
+    """End it now; answer only if what was recorded so far is `wanted`."""
+
+    ask_id: int
+    wanted: bool
 
 
 class Stop(msgspec.Struct, tag=True):
@@ -59,14 +81,37 @@ class Failed(msgspec.Struct, tag=True):
     message: str
 
 
+class Begun(msgspec.Struct, tag=True):
+    """These requests are in the step that begins now, for the first time."""
+
+    request_ids: list[str]
+
+
 class Outputs(msgspec.Struct, tag=True):
-    """All outputs of one step."""
+    """All outputs of one step, and what it did."""
 
     outputs: list[TokenOutput]
+    stats: StepStats
 
 
-ToEngine = Start | Add | Abort | Stop
-FromEngine = Loading | Ready | Failed | Outputs
+class Snapshot(msgspec.Struct, tag=True):
+    """The answer to `Inspect`."""
+
+    ask_id: int
+    snapshot: EngineSnapshot
+
+
+class Profiled(msgspec.Struct, tag=True):
+    """The answer to `Profile`: a Chrome trace of `num_steps` steps, packed by gzip, or why there is none."""
+
+    ask_id: int
+    num_steps: int
+    trace: bytes
+    error: str | None = None
+
+
+ToEngine = Start | Add | Abort | Inspect | Profile | EndProfile | Stop
+FromEngine = Loading | Ready | Failed | Begun | Outputs | Snapshot | Profiled
 
 _encoder = msgspec.msgpack.Encoder()
 to_engine_decoder = msgspec.msgpack.Decoder(ToEngine)

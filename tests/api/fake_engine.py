@@ -11,7 +11,7 @@ import dataclasses
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import httpx2
@@ -21,12 +21,15 @@ import uvicorn
 from tokenizers import decoders, pre_tokenizers
 
 from gqa_serve.api.app import create_app
-from gqa_serve.api.http_protocol import HttpProtocol
+from gqa_serve.api.connection_limits import SEND_BUFFER_BYTES, ConnectionLimits
+from gqa_serve.api.http_protocol import http_protocol
 from gqa_serve.config import ServerConfig
 from gqa_serve.engine.chat_template import ChatTemplate
+from gqa_serve.engine.metrics import EngineSnapshot, StepStats
 from gqa_serve.engine.request import EngineRequest, FinishReason, ModelInfo, TokenLogprobs, TokenOutput
 from gqa_serve.engine.token_pieces import byte_alphabet
 from gqa_serve.engine.tokenizer import Tokenizer
+from gqa_serve.engine.wire import Profiled
 from gqa_serve.errors import EngineUnavailableError, QueueFullError
 
 MODEL = "fake/model"
@@ -88,6 +91,7 @@ class Script:
     hold_at: int | None = None
     num_cached_tokens: int = 0
     fault: Exception | None = None
+    queue_s: float | None = None
 
 
 class FakeStream:
@@ -134,6 +138,7 @@ class FakeEngine:
     """Records every request; `script` says what each answers."""
 
     def __init__(self, script: Callable[[EngineRequest], Script] | None = None) -> None:
+        self.on_step: Callable[[StepStats], None] = lambda stats: None
         self.reset(script)
 
     def reset(self, script: Callable[[EngineRequest], Script] | None = None) -> None:
@@ -144,12 +149,39 @@ class FakeEngine:
         self.streams: list[FakeStream] = []
         self.release = threading.Event()
         self.capacity: int | None = None
+        self.picture = EngineSnapshot(bytes(64), [])
+        self.num_restarts = 0
+        self.profiles: list[object] = []
+        self.profiled: Profiled | None = None
+        self.pid: int | None = None
+
+    async def profile(self, num_steps: int, timeout_s: float) -> Profiled:
+        self.profiles.append((num_steps, timeout_s))
+        try:
+            while self.profiled is None:
+                await asyncio.sleep(0.002)
+        except asyncio.CancelledError:
+            self.profiles.append("cancelled")
+            raise
+        return self.profiled
+
+    async def snapshot(self) -> EngineSnapshot:
+        if self.state != "ready":
+            raise EngineUnavailableError(f"The engine is {self.state}.")
+        return self.picture
+
+    def check_room(self) -> None:
+        if self.state == "ready" and self.capacity is not None and self.num_running >= self.capacity:
+            raise QueueFullError("The queue is full.", retry_after_s=3)
+
+    def submit_all(self, requests: Sequence[EngineRequest]) -> list[FakeStream]:
+        if self.capacity is not None and self.num_running + len(requests) > self.capacity:
+            raise QueueFullError("The queue is full.", retry_after_s=3)
+        return [self.submit(request) for request in requests]
 
     def submit(self, request: EngineRequest) -> FakeStream:
         if self.state != "ready":
             raise EngineUnavailableError(f"The engine is {self.state}.")
-        if self.capacity is not None and self.num_running >= self.capacity:
-            raise QueueFullError("The queue is full.", retry_after_s=3)
         stream = FakeStream(self, request, self.script(request))
         self.streams.append(stream)
         return stream
@@ -198,6 +230,8 @@ class FakeEngine:
                 break
         if outputs and script.num_cached_tokens:
             outputs[0].num_cached_tokens = script.num_cached_tokens
+        if outputs:
+            outputs[0].queue_s = script.queue_s
         if script.finish is not None and not (outputs and outputs[-1].finish_reason):
             outputs.append(
                 TokenOutput(request_id=request.request_id, finish_reason=script.finish, error=script.error)
@@ -260,12 +294,20 @@ def serving(
 ) -> Iterator[Server]:
     """Run the real application in uvicorn in a thread, on a free port."""
     tokenizer = tokenizer or fake_tokenizer(*specials)
-    config = ServerConfig(**{"served_model_name": (MODEL, "alias"), **settings})  # type: ignore[arg-type]
-    app = create_app(engine, tokenizer, ChatTemplate(template), config)  # type: ignore[arg-type]
+    defaults = {"served_model_name": (MODEL, "alias"), "allowed_hosts": ("test",)}  # as raw requests call it
+    config = ServerConfig(**{**defaults, **settings})  # type: ignore[arg-type]
+    limits = ConnectionLimits(config.read_timeout, config.send_timeout, config.max_connections)
+    app = create_app(engine, tokenizer, ChatTemplate(template), config, limits=limits)  # type: ignore[arg-type]
     listener = socket.create_server(("127.0.0.1", 0))
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
     server = uvicorn.Server(
         uvicorn.Config(
-            app, log_config=None, ws="none", lifespan="off", http=HttpProtocol, timeout_graceful_shutdown=5
+            app,
+            log_config=None,
+            ws="none",
+            lifespan="off",
+            http=http_protocol(limits),
+            timeout_graceful_shutdown=5,
         )
     )
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)

@@ -17,6 +17,7 @@ from test_api_raw import CHAT, HI, Reply, chat, get, post, send
 from gqa_serve.api import access
 from gqa_serve.api.access import load_keys
 from gqa_serve.api.app import create_app, routes
+from gqa_serve.api.metrics import Metrics
 from gqa_serve.api.serving import ServingContext
 from gqa_serve.config import ServerConfig
 from gqa_serve.engine.chat_template import ChatTemplate
@@ -104,7 +105,9 @@ def test_anthropics_clients_read_the_error_in_their_shape(guarded: Server) -> No
 
 
 def test_every_path_is_guarded_but_those_named(guarded: Server) -> None:
-    context = ServingContext(guarded.engine, fake_tokenizer(), ChatTemplate(""), ServerConfig())  # type: ignore[arg-type]
+    context = ServingContext(  # type: ignore[arg-type]
+        guarded.engine, fake_tokenizer(), ChatTemplate(""), ServerConfig(), Metrics(guarded.engine)
+    )
     open_paths = set()
     for route in routes(context):
         assert route.methods is not None
@@ -117,7 +120,17 @@ def test_every_path_is_guarded_but_those_named(guarded: Server) -> None:
             open_paths.add(route.path)
     assert open_paths <= access.OPEN_PATHS
     assert {"/health", "/ready", "/version"} <= open_paths
-    for path in ("/nowhere", "/", "//health", "/health/", "/v1/../health", "/HEALTH", "/openapi.json/x"):
+    for path in (
+        "/nowhere",
+        "/ui/",
+        "/ui/state",
+        "/ui/x.js",
+        "//health",
+        "/health/",
+        "/v1/../health",
+        "/HEALTH",
+        "/openapi.json/x",
+    ):
         assert send(guarded, get(path)).status == 401
 
 
@@ -281,7 +294,7 @@ def test_behind_a_proxy_with_a_prefix(prefix: str, strips: bool) -> None:
 
 def test_a_prefix_is_a_whole_part_of_the_path() -> None:
     with serving(FakeEngine(), root_path="/llm") as server:
-        for path in ("/llmhealth", "/llm", "/llm/llm/health", "/x/llm/health"):
+        for path in ("/llmhealth", "/llm/llm", "/llm/llm/health", "/x/llm/health"):
             assert httpx2.get(server.url + path).status_code == 404
 
 
@@ -293,7 +306,7 @@ def test_the_clients_id_is_in_the_answer_and_the_log(
     server: Server, caplog: pytest.LogCaptureFixture, stream: bool
 ) -> None:
     body = json.dumps({**HI, "stream": stream}).encode()
-    with caplog.at_level(logging.INFO, "gqa_serve.api.serving"):
+    with caplog.at_level(logging.INFO, "gqa_serve.api.account"):
         reply = send(server, post(CHAT, body, "X-Request-Id: trace-7/a"))
         wait_until(lambda: "finish=" in caplog.text)
     assert reply.headers["x-request-id"] == "trace-7/a"

@@ -437,14 +437,14 @@ def test_max_tokens_is_a_cap(client: openai.OpenAI, engine: FakeEngine) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_full_queue_ends_all_choices(client: openai.OpenAI, engine: FakeEngine, stream: bool) -> None:
+def test_a_queue_too_full_for_all_takes_none(client: openai.OpenAI, engine: FakeEngine, stream: bool) -> None:
     engine.capacity = 2
     engine.script = lambda request: Script(hold_at=0)
     with pytest.raises(openai.RateLimitError) as caught:
         client.chat.completions.create(model=MODEL, messages=USER, n=3, stream=stream)
     assert caught.value.response.headers["retry-after"] == "3"
     assert caught.value.code == "queue_full"
-    assert engine.ends() == ["abort", "abort"]
+    assert engine.requests == []
 
 
 @pytest.mark.parametrize("stream", [False, True])

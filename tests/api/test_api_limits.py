@@ -232,13 +232,12 @@ def refuses_data(connection: socket.socket) -> bool:
 
 
 def test_a_client_that_reads_nothing_loses_its_connection(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """A close would wait for it to read what is unsent, and so would a stopping server."""
-    monkeypatch.setattr("gqa_serve.api.serving.SEND_TIMEOUT_S", 0.2)
     engine = FakeEngine(lambda request: Script(["x" * 500] * 20))
     engine.model_info = fake_info(max_model_len=20_000)
-    with serving(engine) as server, socket.socket() as connection:
+    with serving(engine, send_timeout=0.2) as server, socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect((server.host, server.port))
         fields = {**HI, "stream": True, "logprobs": True, "top_logprobs": 20}
@@ -318,12 +317,13 @@ def test_each_request_leaves_one_line(
     line: str,
 ) -> None:
     engine.script = lambda request: script
-    pattern = re.compile(rf"(chatcmpl|cmpl)-[0-9a-f]{{32}} {re.escape(line)} \d+\.\d\ds")
+    times = r" \d+\.\d\ds" + ("" if "error" in line else r" ttft=\d+\.\d{3}s tpot=\d+\.\d{4}s")
+    pattern = re.compile(rf"(chatcmpl|cmpl)-[0-9a-f]{{32}} {re.escape(line)}{times}")
 
     def lines() -> list[str]:  # that of a test before may come late
         return [text for record in caplog.records if pattern.fullmatch(text := record.getMessage())]
 
-    with caplog.at_level(logging.INFO, "gqa_serve.api.serving"):
+    with caplog.at_level(logging.INFO, "gqa_serve.api.account"):
         (chat if path == CHAT else complete)(server, **fields)
         wait_until(lambda: bool(lines()))
     assert len(lines()) == 1

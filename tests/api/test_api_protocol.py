@@ -14,6 +14,7 @@ import pytest
 from fake_engine import FakeEngine, Script, Server, wait_until
 from test_api_raw import CHAT, HI, TEXT, Reply, get, post, send
 
+from gqa_serve.api.http_protocol import MAX_PIPELINED
 from gqa_serve.chat import HttpSource
 
 STREAM = json.dumps({**HI, "stream": True}).encode()
@@ -121,8 +122,8 @@ def test_an_offer_to_upgrade_may_ask_for_the_end_of_the_connection(server: Serve
 
 
 def test_any_number_of_offers_in_one_read(server: Server) -> None:
-    """Each is parsed anew, which must not nest: a thousand would exhaust the stack."""
-    count = 1200
+    """Each is parsed anew; as many as a connection may have unanswered are answered."""
+    count = MAX_PIPELINED
     offers = b"GET /version HTTP/1.1\r\nConnection:Upgrade\r\nUpgrade:x\r\n\r\n" * count
     with server.connect() as connection, connection.makefile("rb") as stream:
         connection.sendall(offers)

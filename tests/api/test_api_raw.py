@@ -581,7 +581,7 @@ def test_errors_do_not_amplify(server: Server) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/v1", "/v1/images/generations", "/v1/chat", "/v1/completions/", "/" + "x" * 5000]
+    "path", ["/ui", "/ui/", "/v1", "/v1/images/generations", "/v1/chat", "/v1/completions/", "/" + "x" * 5000]
 )
 def test_unknown_routes(server: Server, path: str) -> None:
     for data in (get(path), post(path, b"{}")):

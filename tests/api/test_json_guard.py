@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from typing import Any
 
 import msgspec
@@ -10,8 +12,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gqa_serve.api import json_scan
 from gqa_serve.api.errors import error_json, shorten
-from gqa_serve.api.json_guard import MAX_CONTAINERS, MAX_DEPTH, _deeper_than, decode_body, decode_field
+from gqa_serve.api.json_guard import (
+    MAX_CONTAINERS,
+    MAX_DEPTH,
+    MAX_FIELDS,
+    MAX_STRINGS,
+    MAX_VALUES,
+    decode_body,
+    decode_field,
+)
+from gqa_serve.api.json_scan import scan
 from gqa_serve.errors import RequestError
 
 
@@ -43,10 +55,53 @@ trees = st.recursive(
 )
 
 
-@given(tree=trees, limit=st.integers(0, 8), indent=st.none() | st.integers(0, 2))
-def test_depth_as_counted_by_recursion(tree: Any, limit: int, indent: int | None) -> None:
+def counts(value: Any) -> tuple[int, int, int]:
+    """Containers, strings and values but the first of each container, by recursion."""
+    if isinstance(value, str):
+        return 0, 1, 0
+    if not isinstance(value, dict | list):
+        return 0, 0, 0
+    inner = [*value, *value.values()] if isinstance(value, dict) else value
+    sums = [sum(numbers) for numbers in zip((0, 0, 0), *map(counts, inner), strict=True)]
+    return sums[0] + 1, sums[1], sums[2] + max(0, len(value) - 1)
+
+
+@given(tree=trees, indent=st.none() | st.integers(0, 2), piece=st.sampled_from([1, 2, 3, 7, 64, 2**18]))
+def test_everything_is_counted_as_by_recursion(tree: Any, indent: int | None, piece: int) -> None:
     body = json.dumps(tree, indent=indent).encode()
-    assert _deeper_than(body, limit) == (depth(tree) > limit)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_scan, "_PIECE_BYTES", piece)
+        found = scan(body)
+    assert found.depth == depth(tree)
+    assert (found.containers, found.strings, found.values) == counts(tree)
+    assert found.fields == (max(0, len(tree) - 1) if isinstance(tree, dict | list) else 0)
+
+
+numbers = st.one_of(
+    st.integers(),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.builds(lambda n, e: f"{'1' * n}e{e}", st.integers(1, 309), st.integers(-400, 400)),
+    st.builds(lambda n, e: f"0.{'0' * n}1E+{e:04}", st.integers(0, 300), st.integers(0, 700)),
+    st.builds(lambda n: "-" + "9" * n, st.integers(1, 320)),
+    st.sampled_from(["1e308", "1.8e308", "-2e+308", "1e-999", "12345678901e298", "12345678901e297"]),
+)
+
+
+@given(st.lists(numbers, min_size=1, max_size=4), st.sampled_from([1, 5, 100, 2**18]))
+def test_numbers_that_are_too_large_are_found(values: list[object], piece: int) -> None:
+    texts = list(map(str, values))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_scan, "_PIECE_BYTES", piece)
+        found = scan(("[" + ", ".join(texts) + "]").encode()).has_too_large_number
+    long = any(len(digits) > json_scan.MAX_DIGITS for text in texts for digits in re.findall(r"\d+", text))
+    assert found == (long or any(math.isinf(float(text)) for text in texts))
+
+
+@given(st.binary(max_size=60), st.sampled_from([1, 4, 2**18]))
+def test_what_is_no_json_is_scanned_too(text: bytes, piece: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_scan, "_PIECE_BYTES", piece)
+        scan(text)
 
 
 @pytest.mark.parametrize(("levels", "fits"), [(MAX_DEPTH - 1, True), (MAX_DEPTH, False)])
@@ -67,6 +122,24 @@ def test_the_number_of_objects_and_lists_is_limited(item: bytes) -> None:
     decode_body(json.dumps({"extra": "[{" * MAX_CONTAINERS}).encode(), Body)
     with pytest.raises(RequestError, match="more than 200000 objects and lists"):
         decode_body(b'{"extra":[' + b",".join([item] * (fitting + 1)) + b"]}", Body)
+
+
+@pytest.mark.parametrize(
+    ("body", "what"),
+    [
+        (b'{"extra":[' + b'"",' * MAX_STRINGS + b'""]}', f"{MAX_STRINGS} strings"),
+        (b'{"extra":[' + b"1," * (MAX_VALUES + 1) + b"1]}", f"{MAX_VALUES} values"),
+        (b"{" + b",".join(b'"%d":1' % n for n in range(5 * MAX_FIELDS)) + b"}", f"{MAX_FIELDS} fields"),
+        (b'{"extra":"' + b"\\n" * 2_000_001 + b'"}', "2000000 backslashes"),
+        (b'{"extra":[' + b"1e100," * 1001 + b"1]}", "1000 numbers with exponents"),
+    ],
+)
+def test_what_would_hold_the_interpreter_for_long_is_not_decoded(
+    body: bytes, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(msgspec.json, "decode", lambda *args, **options: pytest.fail("decoded"))
+    with pytest.raises(RequestError, match=f"more than {what}"):
+        decode_body(body, Body)
 
 
 @pytest.mark.parametrize(

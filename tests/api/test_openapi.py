@@ -19,6 +19,7 @@ from test_api_raw import CHAT, HI, TEXT, chat, complete, get, post, send
 
 import gqa_serve
 from gqa_serve.api.app import routes
+from gqa_serve.api.metrics import Metrics
 from gqa_serve.api.openapi import document as openapi
 from gqa_serve.api.openapi.operations import operations
 from gqa_serve.api.serving import ServingContext
@@ -35,7 +36,9 @@ def description(server: Server) -> dict[str, Any]:
 
 
 def test_routes_and_operations_are_the_same(server: Server) -> None:
-    context = ServingContext(server.engine, fake_tokenizer(), ChatTemplate(""), ServerConfig())  # type: ignore[arg-type]
+    context = ServingContext(  # type: ignore[arg-type]
+        server.engine, fake_tokenizer(), ChatTemplate(""), ServerConfig(), Metrics(server.engine)
+    )
     served = {
         (method.lower(), route.path)
         for route in routes(context)

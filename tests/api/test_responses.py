@@ -9,7 +9,17 @@ from typing import Any
 import openai
 import pydantic
 import pytest
-from fake_engine import IM_END, IM_START, MAX_MODEL_LEN, MODEL, FakeEngine, Script, Server, serving
+from fake_engine import (
+    IM_END,
+    IM_START,
+    MAX_MODEL_LEN,
+    MODEL,
+    FakeEngine,
+    Script,
+    Server,
+    serving,
+    wait_until,
+)
 from openai.types.responses import Response, ResponseItemList
 from tool_model import call, think, tool_server
 
@@ -513,10 +523,11 @@ def test_a_whole_response_is_given_up_when_its_client_leaves(server: Server, eng
     engine.script = lambda request: Script(hold_at=0)
     body = json.dumps({"model": MODEL, "input": "Hi"}).encode()
     with server.connect() as connection:
-        head = f"POST /v1/responses HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+        head = (
+            f"POST /v1/responses HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+        )
         connection.sendall(head + body)
-        while not engine.streams:
-            pass
+        wait_until(lambda: bool(engine.streams))
     # The fixture waits for the engine to be idle, and fails if it never is.
 
 

@@ -8,10 +8,10 @@ from collections.abc import Awaitable, Callable
 import pytest
 from fake_engine import FakeEngine, Script, fake_tokenizer
 
-from gqa_serve.api.text_stream import Choice, Generation, TextEvent, merge_events
+from gqa_serve.api.text_stream import MAX_UNMERGED, Choice, Generation, TextEvent, merge_events
 from gqa_serve.engine.detokenizer import TextAssembler
-from gqa_serve.engine.request import EngineRequest, SamplingParams
-from gqa_serve.errors import EngineStepError, EngineUnavailableError
+from gqa_serve.engine.request import EngineRequest, SamplingParams, TokenOutput
+from gqa_serve.errors import EngineStepError, EngineUnavailableError, RequestError
 
 TOKENIZER = fake_tokenizer()
 
@@ -40,6 +40,26 @@ def run(test: Callable[[], Awaitable[None]]) -> None:
     asyncio.run(main())
 
 
+def test_what_nobody_takes_is_merged_as_it_comes() -> None:
+    """A reader that stopped must not cost an object for each step until the answer is complete."""
+    engine = FakeEngine(lambda request: Script(["a"] * 99))
+
+    async def test() -> None:
+        generation = start(engine, 2)
+        most = 0
+        while any(stream.end is None for stream in engine.streams):
+            await asyncio.sleep(0)
+            most = max(most, len(generation._buffer))
+        assert most <= 2 * MAX_UNMERGED
+        events = await generation.collect()
+        assert [event.text for event in events] == ["a" * 99] * 2
+        assert [len(event.token_ids) for event in events] == [99, 99]
+        assert [(event.is_first, event.finish_reason) for event in events] == [(True, "length")] * 2
+        generation.abort()
+
+    run(test)
+
+
 def test_collect_gives_choices_in_order_and_aborts_each() -> None:
     engine = FakeEngine()
     scripts = iter([Script(["slow"] + ["er"] * 20), Script(["fast"])])
@@ -57,6 +77,30 @@ def test_collect_gives_choices_in_order_and_aborts_each() -> None:
     run(test)
     assert engine.ends() == ["stop", "stop"]
     assert all(stream.aborts for stream in engine.streams)
+
+
+@pytest.mark.parametrize(
+    ("refused", "status", "code"), [(True, 400, "not_computable"), (False, 500, "engine_error")]
+)
+def test_what_the_request_brought_with_it_is_no_fault_of_the_server(
+    refused: bool, status: int, code: str
+) -> None:
+    engine = FakeEngine(lambda request: Script(["a"], finish="error", error="too complex"))
+    whole = engine.outputs
+
+    def outputs(request: EngineRequest, script: Script) -> list[TokenOutput]:
+        made = whole(request, script)
+        made[-1].refused = refused
+        return made
+
+    engine.outputs = outputs  # type: ignore[method-assign]
+
+    async def test() -> None:
+        with pytest.raises(RequestError, match="too complex") as caught:
+            await start(engine).collect()
+        assert (caught.value.status, caught.value.code) == (status, code)
+
+    run(test)
 
 
 def test_what_arrives_while_the_consumer_is_busy_is_one_event() -> None:

@@ -176,6 +176,7 @@ class FakeRunner:
     def execute(self, plan: StepPlan, previous: torch.Tensor | None = None) -> torch.Tensor:
         if self.on_execute is not None:
             self.on_execute(plan)
+        assert previous is None or self.lookahead, "no token is unknown then"
         self.plans.append(plan)
         assert all(type(token) is int for row in plan.rows for token in row.token_ids)
         batch = ForwardBatch.from_plan(plan, self.block_size, torch.device("cpu"), previous)

@@ -151,7 +151,7 @@ def test_a_grammar_that_cannot_be_made_ends_its_request_alone(lookahead: bool) -
     engine.add(request("bad", PROMPT, grammar="bad"))
     engine.add(request("good", PROMPT))
     outputs = run(engine)
-    assert [(o.finish_reason, o.error) for o in outputs["bad"]] == [("error", "bad grammar")]
+    assert [(o.finish_reason, o.error, o.refused) for o in outputs["bad"]] == [("error", "bad grammar", True)]
     assert tokens_of(outputs["good"]) == expected(PROMPT, SamplingParams(max_tokens=8, ignore_eos=True))
     assert engine.num_failed_steps == 0
 
@@ -164,6 +164,7 @@ def test_a_constraint_that_fails_ends_its_request_alone(lookahead: bool, where: 
     engine.add(request("good", PROMPT))
     outputs = run(engine)
     assert (outputs["bad"][-1].finish_reason, outputs["bad"][-1].error) == ("error", f"{where} failed")
+    assert outputs["bad"][-1].refused
     assert tokens_of(outputs["good"]) == expected(PROMPT, SamplingParams(max_tokens=8, ignore_eos=True))
     assert engine.num_failed_steps == 0
     assert_conserved(engine)
@@ -176,6 +177,7 @@ def test_a_request_may_be_aborted_while_its_grammar_is_made(lookahead: bool) -> 
     assert engine.abort("a")
     assert not engine.abort("a")
     assert not engine.has_work
+    assert [future.cancelled() for future, _ in service.held] == [True]  # nobody waits for it
     service.release()
     assert engine.step() == []
 
@@ -216,3 +218,19 @@ def test_a_busy_cpu_takes_no_forced_tokens_and_gives_the_same(others: int, taken
     assert (max(len(output.token_ids) for output in outputs) > 1) == taken
     slow, _ = serve(False, forcing=False, grammar=name, max_tokens=5)
     assert tokens_of(outputs) == tokens_of(slow)
+
+
+def test_nobody_waits_for_anothers_mask() -> None:
+    service = ToyService()
+    engine = make_engine(False, constraints=service)
+    params = {"max_tokens": 12, "ignore_eos": True}
+    engine.add(request("slow", PROMPT, grammar="toy:1:20", **params))
+    engine.add(request("plain", PROMPT, **params))
+    service.late.add("toy:1:20")
+    got = [output for _ in range(12) for output in engine.step()]
+    assert {output.request_id for output in got} == {"plain"}
+    assert tokens_of(got) == expected(PROMPT, SamplingParams(**params))
+    service.late.clear()
+    late = run(engine)["slow"]
+    assert tokens_of(late) == tokens_of(serve(False, grammar="toy:1:20", **params)[0])
+    assert_conserved(engine)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+from collections import Counter
 from collections.abc import Callable
 
 import msgspec
@@ -26,7 +27,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 from toy_constraints import ToyService
 
-from gqa_serve.engine import constrained, core
+from gqa_serve.engine import constrained, hidden_rows
+from gqa_serve.engine.batch import StepPlan
+from gqa_serve.engine.metrics import BlockState
 from gqa_serve.engine.request import Request, SamplingParams, TokenOutput
 from gqa_serve.engine.sampler import Sample
 from gqa_serve.errors import ContextLengthError, RequestError
@@ -362,7 +365,7 @@ def test_what_cannot_be_computed_is_refused(lookahead: bool, spec: object, error
 def test_prompt_logprobs_score_every_prompt_token(
     lookahead: bool, budget: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(core, "SCORING_ROWS", 4)
+    monkeypatch.setattr(hidden_rows, "SCORING_ROWS", 4)
     prompt = prompt_of(19)
     engine = make_engine(lookahead, max_num_batched_tokens=budget, max_num_seqs=4)
     engine.add(request("warm", prompt))  # fills the prefix cache, which scoring must not use
@@ -675,9 +678,12 @@ def alone(kind: str, length: int, like: int) -> tuple[list[int], object]:
     return tokens_of(outputs), (outputs[0].prompt_logprobs, outputs[0].pooled)
 
 
+COUNTS = ("num_queried_tokens", "num_hit_tokens", "num_preemptions", "num_discarded_tokens")
+
+
 class EngineMachine(RuleBasedStateMachine):
-    """Any interleaving of adds, aborts, failures and steps conserves blocks, ends each request once, and
-    gives every request what it gets alone, up to where it ended."""
+    """Any interleaving of adds, aborts, failures, shortages of memory and steps conserves blocks, ends each
+    request once, and gives each what it gets alone, up to where it ended. What steps count adds up."""
 
     lookahead: bool
     ids = Bundle("ids")
@@ -685,6 +691,8 @@ class EngineMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.failing = ""
+        self.memory = 9  # tokens that may be computed at once
+        self.totals: Counter[str] = Counter()
         self.service = ToyService(patient=True)
         self.engine = make_engine(
             self.lookahead,
@@ -692,11 +700,11 @@ class EngineMachine(RuleBasedStateMachine):
             num_blocks=14,
             max_num_seqs=4,
             max_num_batched_tokens=9,
-            on_execute=lambda plan: self._fault("launch"),
+            on_execute=self._launch,
             on_collect=lambda: self._fault("collect"),
         )
         self.count = 0
-        self.num_accepted = 0
+        self.num_accepted = self.num_plans = 0
         self.accept, self.engine._accept = self.engine._accept, self._accept
         self.open: set[str] = set()
         self.wanted: dict[str, tuple[list[int], object]] = {}
@@ -709,6 +717,11 @@ class EngineMachine(RuleBasedStateMachine):
     def _fault(self, where: str) -> None:
         if self.failing == where:
             raise RuntimeError("injected")
+
+    def _launch(self, plan: StepPlan) -> None:
+        self._fault("launch")
+        if plan.num_tokens > self.memory or len(plan.rows) > self.memory:
+            raise MemoryError
 
     def _add(self, name: str, kind: str, length: int, like: int, group: str | None = None) -> None:
         params = {"max_tokens": 6, **KINDS[kind]}
@@ -759,12 +772,44 @@ class EngineMachine(RuleBasedStateMachine):
         finally:
             self.failing = ""
 
-    def _take(self, outputs: list[TokenOutput]) -> None:
+    @rule(memory=st.integers(0, 9))
+    def memory_runs_out(self, memory: int) -> None:
+        """For one step, in which requests may end by that only if there is not the memory for one token."""
+        self.memory = memory
+        ended = self._take(self.engine.step())
+        self.memory = 9
+        assert memory == 0 or not any(output.finish_reason == "error" for output in ended)
+
+    @rule(memory=st.integers(1, 8), times=st.integers(2, 12))
+    def memory_is_short(self, memory: int, times: int) -> None:
+        self.memory = memory
+        for _ in range(times):
+            self.step(1)
+        self.memory = 9
+
+    def _count(self) -> None:
+        """What the last step says of itself, against what it did."""
+        stats, scheduler = self.engine.stats, self.engine.scheduler
+        for name in COUNTS:
+            self.totals[name] += getattr(stats, name)
+        plans = self.engine.runner.plans[self.num_plans :]
+        self.num_plans += len(plans)
+        assert stats.num_requests == sum(len(plan.rows) for plan in plans)
+        assert stats.num_prompt_tokens + stats.num_decode_tokens == sum(plan.num_tokens for plan in plans)
+        preparing = self.engine._constrained.requests
+        waiting = scheduler.waiting + preparing
+        assert (stats.num_running, stats.num_waiting) == (len(scheduler.running), len(waiting))
+        assert stats.num_waiting_tokens == sum(request.num_prompt_tokens for request in waiting)
+        assert stats.num_free_blocks == scheduler.kv.pool.num_free
+
+    def _take(self, outputs: list[TokenOutput]) -> list[TokenOutput]:
+        self._count()
         for output in outputs:
             assert output.request_id in self.open, "an output after the end"
             self.produced[output.request_id].append(output)
             if output.finish_reason is not None:
                 self.open.discard(output.request_id)
+        return outputs
 
     @invariant()
     def conserved(self) -> None:
@@ -778,6 +823,32 @@ class EngineMachine(RuleBasedStateMachine):
     def every_token_is_handed_out_or_discarded_once(self) -> None:
         collected = sum(pending.num_collected for pending in self.engine.sampler.launched)
         assert collected == self.num_accepted + self.engine.num_discarded_tokens
+
+    @invariant()
+    def counts_of_steps_add_up(self) -> None:
+        scheduler = self.engine.scheduler
+        assert [self.totals[name] for name in COUNTS] == [
+            scheduler.num_queried_tokens,
+            scheduler.num_hit_tokens,
+            scheduler.num_preemptions,
+            self.engine.num_discarded_tokens,
+        ]
+
+    @invariant()
+    def the_snapshot_shows_what_there_is(self) -> None:
+        picture, pool = self.engine.snapshot(), self.engine.scheduler.kv.pool
+        wanted = [
+            (BlockState.ACTIVE if count == 1 else BlockState.SHARED)
+            if (count := pool._ref_counts[block])
+            else (BlockState.CACHED if block in pool._key_of_block else BlockState.FREE)
+            for block in range(pool.num_blocks)
+        ]
+        assert list(picture.blocks) == wanted
+        assert pool.num_cached == picture.blocks.count(BlockState.CACHED)
+        assert sorted(request.request_id for request in picture.requests) == sorted(self.open)
+        for shown in picture.requests:
+            assert (shown.num_blocks > 0) <= (shown.state == "running")
+            assert (shown.state == "preparing") == (shown.request_id in self.engine._constrained)
 
     def teardown(self) -> None:
         self.service.release()
@@ -825,4 +896,159 @@ def test_a_chunk_that_samples_nothing_is_waited_for_like_any_step() -> None:
     (output,) = engine.step()
     assert (output.request_id, output.finish_reason) == ("a", "error")
     assert not engine.scheduler.kv.pool._entries
+    assert_conserved(engine)
+
+
+# --- memory runs out in a step ---
+
+
+SHORTAGES = [
+    MemoryError(),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes."),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("std::bad_alloc"),
+    OSError(12, "Cannot allocate memory"),
+]
+
+
+@pytest.mark.parametrize("shortage", SHORTAGES, ids=repr)
+def test_a_step_that_is_too_large_is_computed_in_parts(lookahead: bool, shortage: Exception) -> None:
+    def on_execute(plan: StepPlan) -> None:
+        if plan.num_tokens > 3:
+            raise shortage
+
+    engine = make_engine(lookahead, on_execute=on_execute)
+    for number in range(5):
+        engine.add(request(f"r{number}", prompt_of(9, number)))
+    num_shrunk, outputs = 0, {}
+    while engine.has_work:
+        for output in engine.step():
+            outputs.setdefault(output.request_id, []).append(output)
+        num_shrunk += engine.stats.num_shrunk
+        assert_conserved(engine)
+    for number in range(5):
+        assert tokens_of(outputs[f"r{number}"]) == greedy(prompt_of(9, number), 8)
+    assert num_shrunk > 0
+
+
+def test_memory_that_runs_out_while_sampling_changes_nothing_either(lookahead: bool) -> None:
+    """The model has computed then, and penalties have counted."""
+    engine = make_engine(lookahead)
+    launch = engine.sampler.launch
+
+    def launch_few(logits: torch.Tensor, requests: list[Request]) -> object:
+        pending = launch(logits, requests)
+        if len(requests) > 2:
+            raise MemoryError
+        return pending
+
+    engine.sampler.launch = launch_few
+    for number in range(5):
+        engine.add(request(f"r{number}", prompt_of(30, 1), **KINDS["penalised"], max_tokens=6))
+    outputs = run(engine)
+    for number in range(5):
+        assert tokens_of(outputs[f"r{number}"]) == alone("penalised", 30, 1)[0]
+
+
+def test_a_request_too_large_for_memory_ends_alone(lookahead: bool) -> None:
+    others = {f"r{number}": prompt_of(9, number) for number in range(4)}
+    wanted = {name: greedy(ids, 8) for name, ids in others.items()}
+    used = {token for ids in [*others.values(), *wanted.values()] for token in ids}
+    large = next(token for token in range(4, VOCAB) if token not in used)
+
+    def on_execute(plan: StepPlan) -> None:
+        if any(large in row.token_ids for row in plan.rows):
+            raise MemoryError
+
+    engine = make_engine(lookahead, on_execute=on_execute, max_num_batched_tokens=32)
+    for name, ids in others.items():
+        engine.add(request(name, ids))
+    engine.add(request("large", [5, 6, 7, large]))
+    outputs = run(engine)
+    (end,) = outputs.pop("large")
+    assert end.finish_reason == "error"
+    assert "not enough memory" in (end.error or "")
+    assert {name: tokens_of(outputs) for name, outputs in outputs.items()} == wanted
+    assert_conserved(engine)
+
+
+def test_steps_grow_again_once_there_is_memory(lookahead: bool) -> None:
+    memory = 4
+
+    def on_execute(plan: StepPlan) -> None:
+        if plan.num_tokens > memory:
+            raise MemoryError
+
+    engine = make_engine(lookahead, num_blocks=400, on_execute=on_execute, max_num_batched_tokens=32)
+    for number in range(8):
+        engine.add(request(f"r{number}", prompt_of(40, number)))
+    for _ in range(4):
+        engine.step()
+    memory = 32
+    sizes = []
+    while engine.has_work:
+        engine.step()
+        assert not engine.stats.num_shrunk
+        sizes.append(engine.stats.num_prompt_tokens + engine.stats.num_decode_tokens)
+    assert max(sizes) == 32
+
+
+def test_a_shortage_that_stays_ends_every_request_and_tells_the_process(lookahead: bool) -> None:
+    def on_execute(plan: StepPlan) -> None:
+        raise MemoryError
+
+    engine = make_engine(lookahead, on_execute=on_execute)
+    for number in range(4):
+        engine.add(request(f"r{number}", prompt_of(4, number)))
+    outputs = run(engine)
+    assert {name: parts[-1].finish_reason for name, parts in outputs.items()} == dict.fromkeys(
+        [f"r{number}" for number in range(4)], "error"
+    )
+    assert engine.num_failed_steps == 4  # one each: the process gives way to a fresh one
+    assert_conserved(engine)
+
+
+# --- what is counted of steps ---
+
+
+def test_a_step_counts_what_it_computes_and_who_begins() -> None:
+    engine = make_engine(False, max_num_batched_tokens=8, max_num_seqs=2)
+    engine.add(request("a", prompt_of(5), max_tokens=3))
+    engine.add(request("b", prompt_of(6, 1), max_tokens=3))
+    engine.add(request("c", prompt_of(7, 2), max_tokens=3))
+    seen, begun = [], []
+    engine.on_begin = begun.append
+    for _ in range(3):
+        engine.step()
+        stats = engine.stats
+        seen.append((stats.phase, stats.num_prompt_tokens, stats.num_decode_tokens))
+    assert seen == [
+        ("prefill", 8, 0),
+        ("mixed", 3, 1),
+        ("decode", 0, 2),
+    ]
+    assert begun == [["a", "b"]]
+    assert (stats.num_running, stats.num_waiting, stats.num_waiting_tokens) == (1, 1, 7)
+    assert stats.num_queried_tokens == 0
+    engine.step()
+    assert (begun[1:], engine.stats.num_queried_tokens) == ([["c"]], 7)
+    run(engine)
+    assert (engine.stats.num_running, engine.stats.num_waiting, engine.stats.num_waiting_tokens) == (0, 0, 0)
+    assert engine.stats.num_free_blocks == 64
+    assert engine.stats.step_s >= engine.stats.schedule_s + engine.stats.forward_s + engine.stats.sample_s > 0
+
+
+def test_the_queue_is_searched_by_order_not_from_its_beginning(lookahead: bool) -> None:
+    engine = make_engine(lookahead)
+    for number in range(200):
+        engine.add(request(f"r{number}", prompt_of(5, number), priority=number % 3))
+    engine.step()
+    names = [f"r{number}" for number in range(200)]
+    random.Random(0).shuffle(names)
+    for name in names:
+        assert engine.abort(name)
+        assert not engine.abort(name)
+    assert engine.scheduler.num_waiting_tokens == 0
+    run(engine)
     assert_conserved(engine)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 from typing import Any
 
 import pytest
 from fake_engine import IM_END, fake_tokenizer
 
+from gqa_serve.engine import grammar_compiler
 from gqa_serve.engine.constraints import ConstraintError
 from gqa_serve.engine.grammars import choice_grammar
 from gqa_serve.engine.structured import GrammarConstraint, GrammarService
@@ -55,13 +58,16 @@ def test_whoever_wants_to_stop_is_heard(stop: type[BaseException], monkeypatch: 
 
 def test_a_panic_in_a_mask_thread_leaves_the_masks_of_others() -> None:
     service = GrammarService(fake_tokenizer, [IM_END])
-    whole = service.begin(choice_grammar(["a"])).result(20)
-    broken = constraint(PanickingMatcher())
-    service.prepare([(broken, False), (whole, False), (broken, False), (whole, False)])
-    assert whole.mask()
-    assert whole.error is None
-    assert broken.mask() == b""
-    assert broken.error is not None
+    whole = [service.begin(choice_grammar(["a"])).result(20) for _ in range(2)]
+    broken = [constraint(PanickingMatcher()) for _ in range(2)]
+    mixed = [one for pair in zip(broken, whole, strict=True) for one in pair]
+    service.prepare([(one, False) for one in mixed])  # each once: no matcher is for two threads
+    for one in whole:
+        assert one.mask()
+        assert one.error is None
+    for one in broken:
+        assert one.mask() == b""
+        assert one.error is not None
 
 
 def test_whatever_keeps_a_grammar_from_being_compiled_is_told() -> None:
@@ -86,3 +92,10 @@ def test_a_known_grammar_waits_for_no_other() -> None:
     finally:
         going_on.set()
     assert other.result(20)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priorities of their own")
+def test_compiling_yields_to_steps() -> None:
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    assert grammar_compiler._on_large_stack(lambda: os.getpriority(os.PRIO_PROCESS, 0)) >= 10
+    assert os.getpriority(os.PRIO_PROCESS, 0) == own

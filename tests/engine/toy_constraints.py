@@ -67,6 +67,11 @@ class ToyConstraint:
         assert self.prepared is not None, "no mask was asked for"
         return self.prepared
 
+    def has_mask(self, timeout_s: float) -> bool:
+        assert self.prepared is not None, "no mask was asked for"
+        self.service.num_asked += 1
+        return self.name not in self.service.late
+
     def prepare(self, avoid_end: bool) -> None:
         assert self.prepared is None, "asked for twice"
         tokens = allowed(self.name, self.position)
@@ -84,6 +89,8 @@ class ToyService:
     def __init__(self, *, forcing: bool = True, patient: bool = False) -> None:
         self.forcing = forcing
         self.patient = patient
+        self.late: set[str] = set()  # whose masks are not there yet
+        self.num_asked = 0
         self.held: list[tuple[Future[Constraint], str]] = []
 
     def begin(self, grammar: str) -> Future[Constraint]:
@@ -96,6 +103,8 @@ class ToyService:
     def release(self, count: int | None = None) -> None:
         """Make the first `count` constraints that were asked for, or all."""
         for future, name in self.held[:count]:
+            if future.cancelled():
+                continue
             if name == "bad":
                 future.set_exception(ConstraintError("bad grammar"))
             else:

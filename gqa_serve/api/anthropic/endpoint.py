@@ -18,6 +18,7 @@ from gqa_serve.api.anthropic.protocol import CountRequest, MessagesRequest, Toke
 from gqa_serve.api.anthropic.reply import MessagesReply, anthropic_error
 from gqa_serve.api.anthropic.request import chat_request, field_rules
 from gqa_serve.api.chat_request import ChatJob, prepare_chat
+from gqa_serve.api.exchange import exchange_of
 from gqa_serve.api.json_guard import RawFields, read_request
 from gqa_serve.api.responses.protocol import new_id
 from gqa_serve.api.serving import ServingContext, answer, off_loop
@@ -56,13 +57,15 @@ class AnthropicMessages:
         except Exception as error:
             if not isinstance(error, RequestError):
                 logger.exception("Answering %s failed.", id)
+            exchange_of(request.scope).error = error
             return anthropic_error(error, id)
         response.headers["request-id"] = id
         return response
 
     async def _create(self, request: Request, id: str) -> Response:
         context = self._context
-        fields, raw = await read_request(request, context.config.max_body_bytes, MessagesRequest)
+        context.engine.check_room()
+        fields, raw = await read_request(request, context.bodies, MessagesRequest)
         context.check_model(fields.model)
         self._rules.check(raw)
         chat = await self._prepare(fields, raw)
@@ -78,7 +81,7 @@ class AnthropicMessages:
 
     async def _count(self, request: Request, id: str) -> Response:
         context = self._context
-        fields, raw = await read_request(request, context.config.max_body_bytes, CountRequest)
+        fields, raw = await read_request(request, context.bodies, CountRequest)
         context.check_model(fields.model)
         self._count_rules.check(raw)
         try:

@@ -48,6 +48,7 @@ _ERROR_TYPES = {
     413: "request_too_large",
     429: "rate_limit_error",
     503: "overloaded_error",
+    504: "timeout_error",
 }
 _encode = msgspec.json.Encoder().encode
 
@@ -75,10 +76,9 @@ def error_body(error: Exception, request_id: str | None) -> bytes:
 
 def anthropic_error(error: Exception, request_id: str) -> Response:
     """The HTTP response for `error`."""
-    response = error_response(error)  # for its status and Retry-After
-    headers = {"request-id": request_id}
-    if "retry-after" in response.headers:
-        headers["Retry-After"] = response.headers["retry-after"]
+    response = error_response(error)  # for its status, Retry-After and the like
+    headers = {name: value for name, value in response.headers.items() if not name.startswith("content-")}
+    headers["request-id"] = request_id
     return Response(error_body(error, request_id), response.status_code, headers, "application/json")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import http
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -25,11 +26,14 @@ _RETRY_AFTER = (429, 503)
 _WHEN = {
     400: "A field is wrong (`param` names it), the body is no JSON object, or the prompt does not fit.",
     401: "No API key, or one that is not known.",
+    403: "Only a program on the server's machine may ask, or one with an API key where keys are set.",
     404: "There is nothing of this name.",
+    409: "It is being done for somebody else.",
     413: "The body is larger than `--max-body-bytes`.",
-    429: "The queue is full; `Retry-After` says when to try again.",
+    429: "The queue is full, or the API key's limits are reached; `Retry-After` says when to try again.",
     500: "The engine failed to compute this request.",
     503: "The engine is loading, restarting or stopping; `Retry-After` says when to try again.",
+    504: "What was asked for did not happen in time.",
 }
 
 
@@ -156,10 +160,11 @@ def _operation(
             **{str(status): _error(operation, schemas, status) for status in sorted(statuses)},
         },
     }
-    parameters: list[dict[str, Any]] = []
-    if "{" in operation.path:
-        schema = {"type": "string", "minLength": 1}
-        parameters.append({"name": "id", "in": "path", "required": True, "schema": schema})
+    text = {"type": "string", "minLength": 1}
+    parameters: list[dict[str, Any]] = [
+        {"name": name, "in": "path", "required": True, "schema": text}
+        for name in re.findall(r"{(\w+)", operation.path)
+    ]
     parameters += [
         {"name": name, "in": "query", "schema": schema} for name, schema in operation.query.items()
     ]

@@ -30,6 +30,7 @@ from gqa_serve.api.anthropic.protocol import (
 )
 from gqa_serve.api.openapi.document import Operation
 from gqa_serve.api.params import FieldRules
+from gqa_serve.api.profile import ProfileRequest
 from gqa_serve.api.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -40,12 +41,13 @@ from gqa_serve.api.protocol import (
 from gqa_serve.api.responses import request as responses_request
 from gqa_serve.api.responses.protocol import DeletedResponse, ItemList, ResponseObject, ResponsesRequest
 from gqa_serve.api.system import ServerLoad, Status, Version
+from gqa_serve.api.ui import UiState
 
-_GENERATES = (400, 404, 413, 429, 500, 503)  # what any route that runs the model may answer
+_GENERATES = (400, 404, 413, 429, 500, 503, 504)  # what any route that runs the model may answer
 
 
-def operations() -> tuple[Operation, ...]:
-    """The table of routes."""
+def operations(*, ui: bool = True) -> tuple[Operation, ...]:
+    """The table of routes; without `ui`, as the server has them with --no-ui."""
     hello = {"messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 32}
     return (
         Operation(
@@ -95,12 +97,40 @@ def operations() -> tuple[Operation, ...]:
             method="get", path="/version", tag="Server", summary="The version of gqa-serve", response=Version
         ),
         Operation(
+            method="get", path="/metrics", tag="Server", summary="What the server counts, for Prometheus",
+            response=str, media_type="text/plain", errors=(400,),
+            query={"names": {"enum": ["gqa_serve", "vllm"]}},
+        ),
+        Operation(
+            method="post", path="/debug/profile", tag="Server", summary="A torch profile of engine steps",
+            request=ProfileRequest, response=dict[str, Any],
+            errors=(400, 403, 409, 413, 500, 503, 504), example={"num_steps": 10, "timeout_s": 30},
+        ),
+        Operation(
             method="get", path="/openapi.json", tag="Server", summary="This description",
             response=dict[str, Any],
         ),
         Operation(
             method="get", path="/docs", tag="Server", summary="This description as a page to read",
             response=str, media_type="text/html",
+        ),
+        *(_page() if ui else ()),
+    )  # fmt: skip
+
+
+def _page() -> tuple[Operation, ...]:
+    return (
+        Operation(
+            method="get", path="/", tag="Page", summary="A chat and a dashboard, to use in a browser",
+            response=str, media_type="text/html",
+        ),
+        Operation(
+            method="get", path="/ui/state", tag="Page", summary="What the dashboard shows: the engine now",
+            response=UiState,
+        ),
+        Operation(
+            method="get", path="/ui/{file}", tag="Page", summary="A file of the page", response=str,
+            media_type="text/*", errors=(404,),
         ),
     )  # fmt: skip
 

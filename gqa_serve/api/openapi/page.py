@@ -29,7 +29,7 @@ class Docs:
 
     def __init__(self, context: ServingContext) -> None:
         self._context = context
-        self._operations = operations()
+        self._operations = operations(ui=context.config.ui)
         self._secured = bool(context.config.api_key or context.config.api_key_file)
 
     async def openapi(self, request: Request) -> Response:

@@ -59,7 +59,8 @@ class Responses:
     async def post(self, request: Request) -> Response:
         """Create a response. Raises RequestError."""
         context = self._context
-        fields, raw = await read_request(request, context.config.max_body_bytes, ResponsesRequest)
+        context.engine.check_room()
+        fields, raw = await read_request(request, context.bodies, ResponsesRequest)
         context.check_model(fields.model)
         self._rules.check(raw)
         check_fields(fields)

@@ -27,6 +27,7 @@ _OLDEST_FP8_GPU = (8, 9)
 EXTENSION = "gqa_serve.engine.kernels.cpu._native"
 _CURE = "if it was not built, install gqa-serve again where there is a C++20 compiler (g++ 12 or clang++)"
 _QUANTIZED = ("int8", "int4")  # of --quantization
+NOT_NATIVE_KV = ("float16", "fp8")  # of --kv-cache-dtype: what the native backend does not serve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,9 +109,15 @@ def native_is_built() -> bool:
     return find_spec(EXTENSION) is not None
 
 
+def native_kv_dtype(quantization: str, checkpoint_dtype: str | None) -> str:
+    """What `--kv-cache-dtype auto` is on a CPU: bfloat16 where weights have no more bits, else float32."""
+    exact = quantization == "none" or checkpoint_dtype is not None
+    wide = exact and quantization not in _QUANTIZED and checkpoint_dtype != "bfloat16"
+    return "float32" if wide else "bfloat16"
+
+
 def _native(options: BackendOptions) -> Backend:
-    """Weights as they are stored unless --dtype says; K and V in bfloat16 where weights have no more bits,
-    else in float32.
+    """Weights as they are stored unless --dtype says; K and V as `native_kv_dtype` has it.
 
     Raises ImportError, with the reason, where the native kernels were not built or cannot run.
     """
@@ -126,10 +133,8 @@ def _native(options: BackendOptions) -> Backend:
         )
     kv_dtype = options.kv_cache_dtype
     if kv_dtype == "auto":
-        exact = options.quantization == "none" or options.checkpoint_dtype is not None
-        wide = exact and options.quantization not in _QUANTIZED and options.checkpoint_dtype != "bfloat16"
-        kv_dtype = "float32" if wide else "bfloat16"
-    if kv_dtype in ("float16", "fp8"):
+        kv_dtype = native_kv_dtype(options.quantization, options.checkpoint_dtype)
+    if kv_dtype in NOT_NATIVE_KV:
         raise ConfigError(
             f"--kv-cache-dtype {kv_dtype} is not served by the native backend; use float32, bfloat16 or "
             "int8, or --backend reference."

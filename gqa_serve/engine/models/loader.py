@@ -53,7 +53,7 @@ def load_model(
     compared before any memory is taken, so that a wrong config.json costs none.
     """
     family = family_of(config.architecture)
-    plan = _plan(checkpoint.tensor_shapes(), config, family)
+    plan = plan_tensors(checkpoint.tensor_shapes(), config, family)
     loaded = Loaded()
     for name, shape in parameter_shapes(config, family.names).items():
         if len(shape) == 1:
@@ -66,7 +66,7 @@ def load_model(
     return Decoder(config, loaded, backend, device)
 
 
-def _plan(
+def plan_tensors(
     shapes: Mapping[str, tuple[int, ...]], config: ModelConfig, family: Family
 ) -> dict[str, WeightSlot | None]:
     """Each tensor's slot, None for one left out; the first name that fits a prefix says where the decoder is.
@@ -127,7 +127,7 @@ def _load_all(
             raise _twice(name)
         slot = left.pop(name)
         if slot is not None:
-            _load(name, tensor, slot, config, backend, loaded)
+            load_tensor(name, tensor, slot, config, backend, loaded)
         if on_tensor is not None:
             on_tensor(name)
     if left:
@@ -142,7 +142,7 @@ def _key(slot: WeightSlot) -> tuple[str, int]:
     return slot.parameter, slot.row
 
 
-def _load(
+def load_tensor(
     name: str,
     tensor: torch.Tensor | QuantizedMatrix,
     slot: WeightSlot,
@@ -150,6 +150,7 @@ def _load(
     backend: Backend,
     loaded: Loaded,
 ) -> None:
+    """Pack one tensor into its slot; a vector's parameter must be there already. Raises ModelError."""
     if isinstance(tensor, torch.Tensor) and (not tensor.is_floating_point() or tensor.itemsize == 1):
         raise ModelError(
             f"Tensor {name} holds {str(tensor.dtype).removeprefix('torch.')} numbers, and config.json does "

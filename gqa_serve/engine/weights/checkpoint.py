@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,9 +44,12 @@ class Checkpoint(ABC):
         """Hugging Face name -> shape of every tensor that `tensors` will yield, from the headers."""
 
     @abstractmethod
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor | QuantizedMatrix]]:
+    def tensors(
+        self, names: Collection[str] | None = None
+    ) -> Iterator[tuple[str, torch.Tensor | QuantizedMatrix]]:
         """Yield `(Hugging Face name, tensor)`, one at a time; a quantized one as a `QuantizedMatrix`.
 
+        With `names` those alone, in whatever order they are stored; the others are not read.
         A tensor may alias a file mapping: copy it before asking for the next one, never write to it.
         Raises `ModelError` if a tensor cannot be read.
         """

@@ -9,7 +9,7 @@ Invariant: a yielded tensor equals what the safetensors checkpoint held, up to q
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,9 +71,18 @@ class GgufCheckpoint(Checkpoint):
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tensor.shape for name, tensor in self._tensors.items()}
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor | QuantizedMatrix]]:
+    def matrix_types(self) -> dict[str, str]:
+        """The block type of every matrix, such as Q4_K, F16, by its Hugging Face name."""
+        return {name: tensor.type.name for name, tensor in self._tensors.items() if len(tensor.shape) == 2}
+
+    def tensors(
+        self, names: Collection[str] | None = None
+    ) -> Iterator[tuple[str, torch.Tensor | QuantizedMatrix]]:
+        """As `Checkpoint.tensors`, of all tensors or of those in `names`."""
         heads = self.raw_config["num_attention_heads"], self.raw_config["num_key_value_heads"]
         for name, stored in self._tensors.items():
+            if names is not None and name not in names:
+                continue
             if stored.is_quantized_matrix:
                 rows = undo_conversion(name, _numbers(stored), self._rules, *heads)
                 yield name, BlockTensor(name, stored.type.name, (stored.shape[0], stored.shape[1]), rows)

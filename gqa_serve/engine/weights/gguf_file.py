@@ -27,6 +27,7 @@ from gqa_serve.errors import ModelError, UnsupportedModelError
 
 SUPPORTED_VERSIONS = (2, 3)
 MAX_DIMENSIONS = 4
+MAX_REASON_CHARS = 200
 WEIGHTS_PER_CHUNK = 1 << 16  # temporaries of this size stay in the CPU's cache
 
 _SCALARS = {
@@ -134,6 +135,9 @@ class _Reader:
         self.offset = 0
 
     def damaged(self, what: str) -> ModelError:
+        what = (
+            what if len(what) <= MAX_REASON_CHARS else what[:MAX_REASON_CHARS] + "..."
+        )  # it quotes the file
         return ModelError(f"{self.path} is damaged or incomplete ({what}); delete it and download it again.")
 
     def take(self, num_bytes: int, what: str) -> memoryview:
@@ -233,7 +237,18 @@ def _read_tensors(reader: _Reader, count: int, metadata: dict[str, Any]) -> list
     if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
         raise reader.damaged(f"the alignment is {alignment!r}")
     base = -(-reader.offset // alignment) * alignment
-    return [_tensor(reader, name, *entry, base) for name, entry in entries.items()]
+    tensors = [_tensor(reader, name, *entry, base) for name, entry in entries.items()]
+    _check_apart(reader, {name: offset for name, (_, _, offset) in entries.items()}, tensors)
+    return tensors
+
+
+def _check_apart(reader: _Reader, offsets: dict[str, int], tensors: list[GgufTensor]) -> None:
+    """Raises ModelError if two tensors share bytes."""
+    end = 0
+    for tensor in sorted(tensors, key=lambda tensor: offsets[tensor.name]):
+        if offsets[tensor.name] < end:
+            raise reader.damaged(f"the tensor {tensor.name!r} overlaps another")
+        end = offsets[tensor.name] + tensor.num_bytes
 
 
 def _tensor(

@@ -42,7 +42,7 @@ from gqa_serve.engine.weights.safetensors import (
     find_weight_files,
     read_weight_index,
 )
-from gqa_serve.errors import HubError, ModelError
+from gqa_serve.errors import ConfigError, HubError, ModelError
 
 logger = logging.getLogger(__name__)
 
@@ -90,31 +90,52 @@ def resolve_model(
     `model`: "demo", a local directory, a local `.gguf` file, or a hub id ("owner/name"), tried in that
     order. `revision`: branch, tag or commit of a hub id. `download_dir`: the hub cache to use (None:
     huggingface_hub's own). `token`: overrides `HF_TOKEN`. `offline`: use only what is cached.
-    `progress`: show a bar if stderr is a terminal. Raises `ModelError`, or `HubError` for the hub; what is
-    returned has weights and, if a directory, a config.json, though neither has been read.
+    `progress`: show a bar if stderr is a terminal. Raises `ModelError`, or `HubError` for the hub,
+    `ConfigError` for a revision of something local; what is returned has weights and, if a directory, a
+    config.json, though neither has been read.
+    """
+    local = find_local(model)
+    if local is None:
+        return _Hub(model, revision, download_dir, token, progress).fetch(offline=offline)
+    if revision is not None:
+        raise ConfigError(f"--revision is for models on the hub; {model} is on this machine. Leave it out.")
+    if local.is_dir():
+        return _complete(local, f"give a directory with config.json, as transformers writes it ({model}).")
+    require_gguf_file(local)
+    return local
+
+
+def download_config(
+    model: str,
+    *,
+    revision: str | None = None,
+    download_dir: str | None = None,
+    token: str | None = None,
+    offline: bool = False,
+) -> Path:
+    """The config.json of a hub id, downloaded alone: no weights, no tokenizer. Else as `resolve_model`."""
+    return _Hub(model, revision, download_dir, token, progress=False).fetch(offline=offline, config_only=True)
+
+
+def find_local(model: str) -> Path | None:
+    """The file or directory on this machine that `model` names, demo included; None if it is a hub id.
+
+    Raises ModelError for a path that does not exist.
     """
     if model == DEMO:
         return _demo_file()
     local = Path(model)
     try:
         local = local.expanduser()
-        found, is_directory = local.exists(), local.is_dir()
+        found = local.exists()
     except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL character, no such user's home
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise ModelError(f"{_short(model)} cannot be a path ({reason}); check --model.") from error
-    if is_directory:
-        return _complete(local, f"give a directory with config.json, as transformers writes it ({model}).")
     if found:
-        require_gguf_file(local)
         return local
     if _looks_like_path(model):
         raise ModelError(f"{model} does not exist; check the path, or give a hub id such as owner/name.")
-    try:
-        return _Hub(model, revision, download_dir, token, progress).fetch(offline=offline)
-    except HFValidationError as error:
-        raise ModelError(
-            f"{model!r} is neither an existing path nor a valid hub id; hub ids look like owner/name."
-        ) from error
+    return None
 
 
 def demo_defaults(model: str) -> dict[str, Any]:
@@ -200,12 +221,28 @@ class _Hub:
         """Whether requests carry a token: ours, HF_TOKEN's or the one saved by the hub's own login."""
         return bool(self.token or get_token())
 
-    def fetch(self, *, offline: bool) -> Path:
+    def fetch(self, *, offline: bool, config_only: bool = False) -> Path:
+        """The folder of the model; with `config_only` its config.json, and nothing else is downloaded."""
+        try:
+            return self._fetch(
+                offline,
+                self._download_config if config_only else self._download,
+                self._cached_config if config_only else self._cached_folder,
+            )
+        except HFValidationError as error:
+            raise ModelError(
+                f"{self.repo_id!r} is neither an existing path nor a valid hub id; hub ids look like "
+                "owner/name."
+            ) from error
+
+    def _fetch(self, offline: bool, download: Callable[[], Path], find_cached: Callable[[], Path]) -> Path:
         _log_once()
         if offline or constants.HF_HUB_OFFLINE:
-            return self._cached("offline mode is on", "run once without offline mode to download it")
+            return self._cached(
+                find_cached, "offline mode is on", "run once without offline mode to download it"
+            )
         try:
-            return self._retried(self._download)
+            return self._retried(download)
         except HfHubHTTPError as error:
             if error.response.status_code < 500:
                 raise self._refused(error) from error
@@ -220,7 +257,9 @@ class _Hub:
         except OSError as error:
             raise self._disk_error(error) from error
         logger.warning("%s; looking for %s in the cache", reason, self.what)
-        return self._cached(reason, "check the network, the proxy and HF_ENDPOINT, and try again")
+        return self._cached(
+            find_cached, reason, "check the network, the proxy and HF_ENDPOINT, and try again"
+        )
 
     def _retried(self, download: Callable[[], _Result]) -> _Result:
         """Repeat on faults that pass: dropped connections and 5xx. What was fetched is not fetched again."""
@@ -271,16 +310,7 @@ class _Hub:
             )
         if SINGLE_FILE in files:
             return [*small, SINGLE_FILE]
-        index = hf_hub_download(
-            self.repo_id,
-            INDEX_FILE,
-            revision=self.revision,
-            cache_dir=self.cache_dir,
-            token=self.token,
-            tqdm_class=self.bar,
-            library_name="gqa-serve",
-        )
-        shards = list(read_weight_index(Path(index)))
+        shards = list(read_weight_index(Path(self._one_file(INDEX_FILE))))
         for shard in shards:
             if shard not in files:
                 raise HubError(
@@ -288,17 +318,43 @@ class _Hub:
                 )
         return [*small, INDEX_FILE, *shards]
 
-    def _cached(self, reason: str, cure: str) -> Path:
+    def _download_config(self) -> Path:
+        info = self.api.model_info(
+            self.repo_id, revision=self.revision
+        )  # as in _download, it answers at once
+        if "config.json" not in [entry.rfilename for entry in info.siblings or []]:
+            raise HubError(f"{self.what} has no config.json; use a repository in transformers' layout.")
+        return Path(self._one_file("config.json"))
+
+    def _one_file(self, name: str, *, cached: bool = False) -> str:
+        return hf_hub_download(
+            self.repo_id,
+            name,
+            revision=self.revision,
+            cache_dir=self.cache_dir,
+            token=self.token,
+            local_files_only=cached,
+            tqdm_class=self.bar,
+            library_name="gqa-serve",
+        )
+
+    def _cached_config(self) -> Path:
+        return Path(self._one_file("config.json", cached=True))
+
+    def _cached_folder(self) -> Path:
+        folder = snapshot_download(
+            self.repo_id,
+            revision=self.revision,
+            cache_dir=self.cache_dir,
+            local_files_only=True,
+            allow_patterns=["config.json"],
+            tqdm_class=self.bar,
+        )
+        return _complete(Path(folder), "download the model again.")
+
+    def _cached(self, find: Callable[[], Path], reason: str, cure: str) -> Path:
         try:
-            folder = snapshot_download(
-                self.repo_id,
-                revision=self.revision,
-                cache_dir=self.cache_dir,
-                local_files_only=True,
-                allow_patterns=["config.json"],
-                tqdm_class=self.bar,
-            )
-            return _complete(Path(folder), "download the model again.")
+            return find()
         except LocalEntryNotFoundError as error:
             raise HubError(f"{self.what} is not in the cache and {reason}; {cure}.") from error
         except ModelError as error:

