@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from gqa_serve.engine.model_config import ModelConfig, RopeConfig
-from gqa_serve.workbench.gpus import GPUS, H100
+from gqa_serve.workbench.hardware import GPUS, H100
 from gqa_serve.workbench.kernel_cost import BF16, FP8, INT4, INT8, KV_BF16, KV_FP8, KV_INT8, Formats
 from gqa_serve.workbench.step_cost import StepCost, decode_step, kv_bytes, step, weight_bytes
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from gqa_serve.engine.model_config import ModelConfig
-from gqa_serve.workbench.gpus import GPU, Precision
+from gqa_serve.workbench.hardware import Hardware, Precision
 
 SPLIT = 256  # tokens of one item of the decode kernel; kernels/triton/decode_attention.py
 INDEX_BYTES = 4  # of a block id, a slot, a token id
@@ -46,7 +46,8 @@ class WeightFormat:
         return outputs * inputs * self.bits // 8 + outputs * groups * self.group_bytes
 
 
-BF16 = WeightFormat("bf16", 16, 0, 0)
+FLOAT32 = WeightFormat("float32", 32, 0, 0, precision="float32")
+BF16 = WeightFormat("bf16", 16, 0, 0)  # and float16
 FP8 = WeightFormat("fp8", 8, 0, 4, precision="fp8", quantizes_inputs=True)
 INT8 = WeightFormat("int8", 8, 128, 2)
 INT4 = WeightFormat("int4", 4, 32, 4)  # scale and minimum
@@ -66,7 +67,8 @@ class KVFormat:
         return 2 * num_kv_heads * (head_dim * self.element_bytes + self.scale_bytes)
 
 
-KV_BF16 = KVFormat("bf16", 2)
+KV_FLOAT32 = KVFormat("float32", 4)
+KV_BF16 = KVFormat("bf16", 2)  # and float16
 KV_FP8 = KVFormat("fp8", 1, FLOAT_BYTES)
 KV_INT8 = KVFormat("int8", 1, FLOAT_BYTES)
 
@@ -96,10 +98,14 @@ class Cost:
             cached_bytes=self.cached_bytes * count,
         )
 
-    def seconds(self, gpu: GPU) -> float:
+    def seconds(self, gpu: Hardware) -> float:
         """Expected time: memory or arithmetic, whichever takes longer, at the GPU's peak."""
         memory = (self.moved_bytes - self.cached_bytes) / gpu.bandwidth
         return max(memory, self.flops / gpu.peak(self.precision))
+
+    def least_seconds(self, gpu: Hardware) -> float:
+        """The same for a kernel that moves no byte more than it must."""
+        return max(self.must_bytes / gpu.bandwidth, self.flops / gpu.peak(self.precision))
 
 
 @dataclass(frozen=True)
@@ -121,13 +127,22 @@ class Heads:
 
 @dataclass(frozen=True)
 class Formats:
-    """How numbers are held: linear layers, vocabulary matrices, KV cache, activations (bytes per number)."""
+    """How numbers are held: linear layers, vocabulary matrices, KV cache, activations.
+
+    `activation_bytes`: of each number that passes through memory from one kernel to the next; 0 where a
+    processor's caches hold them, as on CPUs, which multiply them in float32.
+    """
 
     weights: WeightFormat = BF16
     head: WeightFormat = BF16
     kv: KVFormat = KV_BF16
     activation_bytes: int = 2
     block_size: int = 16
+
+    @property
+    def attention_precision(self) -> Precision:
+        """What queries are multiplied in with K and V."""
+        return "bf16" if self.activation_bytes == 2 else "float32"
 
     @classmethod
     def quantized(cls, weights: WeightFormat, kv: KVFormat = KV_BF16) -> Formats:
@@ -163,7 +178,9 @@ def decode_attention(
             moved += 2 * splits * partial_bytes
         again += repeated
         seen_tokens += seen
-    return Cost(must, moved, 4 * heads.num_heads * heads.head_dim * seen_tokens, "bf16", again)
+    return Cost(
+        must, moved, 4 * heads.num_heads * heads.head_dim * seen_tokens, formats.attention_precision, again
+    )
 
 
 def prefill_attention(
@@ -193,7 +210,8 @@ def prefill_attention(
             table = _table_bytes(low, high, formats.block_size)
             moved += (high - low) * token_bytes + table * heads.num_kv_heads
         visible += _visible(computed, query_len, window)
-    return Cost(must, moved, 4 * heads.num_heads * heads.head_dim * visible, "bf16", moved - must)
+    flops = 4 * heads.num_heads * heads.head_dim * visible
+    return Cost(must, moved, flops, formats.attention_precision, moved - must)
 
 
 def prefill_tokens_per_tile(heads: Heads, kv: KVFormat) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from gqa_serve.engine.model_config import ModelConfig
-from gqa_serve.workbench.gpus import GPU
+from gqa_serve.workbench.hardware import Hardware
 from gqa_serve.workbench.kernel_cost import (
     DEFAULT,
     Cost,
@@ -49,9 +49,13 @@ class StepCost:
     def flops(self) -> int:
         return sum(part.flops for part in self.parts.values())
 
-    def seconds(self, gpu: GPU) -> float:
+    def seconds(self, gpu: Hardware) -> float:
         """Expected time: kernels run one after the other."""
         return sum(part.seconds(gpu) for part in self.parts.values())
+
+    def least_seconds(self, gpu: Hardware) -> float:
+        """Time that no kernels beat: each moves no byte more than it must."""
+        return sum(part.least_seconds(gpu) for part in self.parts.values())
 
 
 def step(
@@ -84,9 +88,10 @@ def step(
         ),
         "gated activation": gated_activation(tokens, config.intermediate_size, formats).times(layers),
         "down": linear(tokens, config.intermediate_size, hidden, formats, bias=config.mlp_bias).times(layers),
-        "logits": logits(rows, config, formats),
-        "sample": sample(rows, config.vocab_size),
     }
+    if rows:  # a chunk of a prompt that is not its last makes no logits
+        parts["logits"] = logits(rows, config, formats)
+        parts["sample"] = sample(rows, config.vocab_size)
     if config.qk_norm == "full":
         parts["q norm"] = rms_norm(tokens, q_size, formats).times(layers)
         parts["k norm"] = rms_norm(tokens, kv_size, formats).times(layers)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gqa_serve.workbench.cost_tables import LLAMA_3_8B, TABLES
-from gqa_serve.workbench.gpus import A100, GPUS, H100
+from gqa_serve.workbench.hardware import A100, GPUS, H100
 from gqa_serve.workbench.kernel_cost import (
     BF16,
     FP8,

@@ -1,0 +1,1 @@
+"""Measuring: a server over HTTP, the engine in process, its kernels alone."""

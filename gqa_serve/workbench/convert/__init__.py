@@ -1,0 +1,1 @@
+"""`gqa-serve convert`: the same model with another number of KV heads."""

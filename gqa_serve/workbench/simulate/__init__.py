@@ -1,0 +1,1 @@
+"""`gqa-serve simulate`: the engine's own scheduler and prefix cache in virtual time."""
