@@ -10,7 +10,8 @@ ARGS ?=
 # fails is an error; else the package is installed without it.
 NATIVE := CMakeLists.txt $(wildcard $(addprefix gqa_serve/engine/kernels/cpu/*.,h cpp inl))
 export GQA_SERVE_REQUIRE_NATIVE ?= $(shell command -v "$${CXX:-c++}" >/dev/null 2>&1 && echo 1 || echo 0)
-BUILD_TOOLS := scikit-build-core nanobind cmake ninja
+# setuptools: a Python before 3.12 brings one that makes no wheels, and a test dependency comes as source.
+BUILD_TOOLS := scikit-build-core nanobind cmake ninja setuptools
 
 .PHONY: setup native serve test test-slow test-gpu lint types soak bench bench-cpu bench-cuda compile-report clean
 

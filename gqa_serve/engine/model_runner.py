@@ -24,6 +24,7 @@ from gqa_serve.engine.kv_cache import KVCache
 from gqa_serve.engine.memory import cpu_kv_budget, format_bytes, free_machine_memory, gpu_kv_budget
 from gqa_serve.engine.model_config import ModelConfig
 from gqa_serve.engine.models.loader import load_model
+from gqa_serve.engine.placement import Placement
 from gqa_serve.engine.request import ModelInfo, SamplingParams, sampling_defaults
 from gqa_serve.engine.sampler import SCORING_ROWS, PendingScores, RowOperations
 from gqa_serve.engine.weights.checkpoint import Checkpoint, open_checkpoint
@@ -49,7 +50,9 @@ class ModelRunner:
         on_tensor: OnTensor | None = None,
         *,
         model_config: ModelConfig | None = None,
+        placement: Placement = Placement(),
     ) -> None:
+        self.placement = placement
         try:
             self._load(path, config, on_tensor, model_config)
         except torch.OutOfMemoryError as error:
@@ -74,8 +77,8 @@ class ModelRunner:
         self.config = model_config or ModelConfig.from_hf(checkpoint.raw_config, checkpoint.generation_config)
         if config.max_model_len is not None:
             self.config = self.config.with_max_model_len(config.max_model_len)
-        self.device = choose_device(config.device)
-        self.backend = _make_backend(config, self.config, self.device)
+        self.device = choose_device(config.device, placement=self.placement)
+        self.backend = _make_backend(config, self.config, self.device, self.placement)
         loaded = 0
 
         def count(_name: str) -> None:
@@ -211,7 +214,7 @@ class ModelRunner:
         if asked is not None:
             budget = asked
         elif self.device.type == "cpu":
-            budget = cpu_kv_budget(free, blocks_per_request * size)
+            budget = cpu_kv_budget(free / self.placement.num_processes, blocks_per_request * size)
         else:
             total = total_memory(self.device)
             budget = gpu_kv_budget(total, total - free, config.gpu_memory_utilization)
@@ -250,24 +253,34 @@ def _fit_context(config: EngineConfig, max_model_len: int, kv_tokens: int) -> in
     return kv_tokens
 
 
-def choose_device(name: str) -> torch.device:
-    """The torch device for --device. Raises ConfigError if this machine lacks it."""
+def choose_device(name: str, *, placement: Placement = Placement()) -> torch.device:
+    """The torch device for --device, each process's own GPU. Raises ConfigError if this machine lacks it."""
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
         name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
     if not available[name]:
         have = ", ".join(kind for kind, ok in available.items() if ok)
         raise ConfigError(f"--device {name} is not available here (available: {have}).")
-    return torch.device(name)
+    if placement.num_processes == 1 or name == "cpu":
+        return torch.device(name)
+    gpus = torch.cuda.device_count() if name == "cuda" else 1
+    if placement.num_processes > gpus:
+        raise ConfigError(
+            f"--data-parallel-size {placement.num_replicas} times --tensor-parallel-size "
+            f"{placement.num_ranks} needs {placement.num_processes} GPUs, one each; there are {gpus}."
+        )
+    return torch.device(name, placement.index)
 
 
-def _make_backend(config: EngineConfig, model: ModelConfig, device: torch.device) -> Backend:
+def _make_backend(
+    config: EngineConfig, model: ModelConfig, device: torch.device, placement: Placement
+) -> Backend:
     """The backend that `config` asks for, after setting how many threads torch and it compute with."""
     if device.type != "cuda" and config.gpu_memory_utilization != EngineConfig().gpu_memory_utilization:
         raise ConfigError(
             f"--gpu-memory-utilization is for CUDA, not for {device.type}; use --kv-cache-memory."
         )
-    threads = config.threads or omp_num_threads() or usable_cores()
+    threads = config.threads or omp_num_threads() or placement.share(usable_cores())
     if device.type == "cpu" or config.threads is not None:
         torch.set_num_threads(threads)
     options = BackendOptions(

@@ -48,7 +48,10 @@ def load_engine(start: Start, channel: Channel) -> Engine:
     from gqa_serve.engine.model_runner import ModelRunner
 
     runner = ModelRunner(
-        Path(start.path), start.config, lambda done, total: channel.send(Loading(done, total))
+        Path(start.path),
+        start.config,
+        lambda done, total: channel.send(Loading(done, total)),
+        placement=start.placement,
     )
     grammars = GrammarService.for_model(Path(start.path), runner.eos_token_ids)
     grammars.warm_up()

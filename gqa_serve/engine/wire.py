@@ -12,18 +12,20 @@ import msgspec
 
 from gqa_serve.config import EngineConfig
 from gqa_serve.engine.metrics import EngineSnapshot, StepStats
+from gqa_serve.engine.placement import Placement
 from gqa_serve.engine.request import EngineRequest, ModelInfo, TokenOutput
 
 LENGTH = struct.Struct("<I")
 
 
 class Start(msgspec.Struct, tag=True):
-    """First message to the engine: load the model at `path`."""
+    """First message to the engine: load the model at `path`, as the process that `placement` says."""
 
     path: str
     config: EngineConfig
     log_level: str
     log_format: str = "text"
+    placement: Placement = Placement()
 
 
 class Add(msgspec.Struct, tag=True):
