@@ -13,6 +13,7 @@ import dataclasses
 import os
 import re
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -64,6 +65,14 @@ class EngineConfig:
         "model",
         choices=("auto", "avx2", "avx512", "amx", "neon"),
     )
+    tensor_parallel_size: int = setting(
+        1,
+        "processes, on CUDA each with a GPU of its own, that hold a part of the model each",
+        "model",
+        low=1,
+        high=1024,
+        metavar="N",
+    )
     deterministic: bool = setting(
         False,
         "same request, same bytes, whatever the load, on CUDA too (slower there); on a CPU it always holds",
@@ -114,7 +123,7 @@ class EngineConfig:
     )
     kv_cache_memory: int | None = setting(
         None,
-        "memory for the KV cache, e.g. 2GiB; default: measured",
+        "memory for the KV cache (of each tensor-parallel rank), e.g. 2GiB; default: measured",
         "memory",
         parse=parse_size,
         metavar="SIZE",
@@ -321,6 +330,13 @@ def engine_environment() -> dict[str, str]:
         environ.setdefault("GOMP_SPINCOUNT", "1000")
     environ.setdefault("KINETO_LOG_LEVEL", "99")  # a profile would write lines of its own into the log
     return environ
+
+
+def adopt_loopback() -> None:
+    """Let tensor-parallel ranks, which are all on this machine, reach each other by loopback and only so."""
+    loopback = "lo0" if sys.platform == "darwin" else "lo"
+    for library in ("GLOO", "NCCL"):
+        os.environ.setdefault(f"{library}_SOCKET_IFNAME", loopback)
 
 
 def adopt_engine_environment() -> None:

@@ -34,6 +34,10 @@ class CacheCapacityError(GqaServeError):
     """The KV cache does not hold what was asked of it."""
 
 
+class RanksLostError(GqaServeError):
+    """A tensor-parallel rank died, or the ranks are out of step: whoever runs the engine must replace it."""
+
+
 class RequestError(GqaServeError):
     """One request is wrong; the server is fine. Maps to one OpenAI error body."""
 

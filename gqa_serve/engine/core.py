@@ -23,6 +23,7 @@ A step that raises fails only the requests of its plan, and of one launched on t
 "error", their blocks are freed, and the engine goes on. If memory runs out while it is launched, nothing has
 changed yet, and its plan is launched in parts, down to one token of one request. An exception of the
 scheduler itself is not caught: its state can't be trusted then, and whoever runs the engine must replace it.
+Nor is RanksLostError, for the same reason.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ from gqa_serve.engine.sampler import Pending, RowOperations, Sample, Sampler
 from gqa_serve.engine.scheduler import Scheduled, Scheduler, SchedulerLimits
 from gqa_serve.engine.stock import StockTaker
 from gqa_serve.engine.transfer import select_rows
-from gqa_serve.errors import ContextLengthError, RequestError
+from gqa_serve.errors import ContextLengthError, RanksLostError, RequestError
 
 if TYPE_CHECKING:
     import torch
@@ -209,6 +210,8 @@ class Engine:
             began = time.perf_counter()
             try:
                 self._in_flight.append(self._launch(part))
+            except RanksLostError:
+                raise  # whoever runs the engine must replace it
             except Exception as error:
                 outputs += self._collect_but(0)
                 smaller = self.scheduler.halves(part) if is_out_of_memory(error) else []

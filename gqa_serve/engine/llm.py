@@ -25,7 +25,7 @@ from gqa_serve.engine.chat_template_files import load_chat_template
 from gqa_serve.engine.constraints import ConstraintError
 from gqa_serve.engine.core import Engine
 from gqa_serve.engine.detokenizer import TextAssembler
-from gqa_serve.engine.model_runner import ModelRunner
+from gqa_serve.engine.distributed.replica import load_runner
 from gqa_serve.engine.pooling import unit_vector
 from gqa_serve.engine.request import (
     EngineRequest,
@@ -117,7 +117,7 @@ class LLM:
         self.tokenizer = load_tokenizer(path)
         self.chat_template = load_chat_template(path, chat_template, self.tokenizer.special_texts)
         bar = ProgressBar("Loading weights") if progress else None
-        runner = ModelRunner(path, config, bar.update if bar else None)
+        runner = load_runner(path, config, bar.update if bar else None)
         self._grammars = GrammarService(lambda: self.tokenizer, runner.eos_token_ids)
         self.engine = Engine(runner, config, self._grammars)
         self._progress = progress

@@ -20,11 +20,14 @@ from gqa_serve.engine.backends import BackendOptions, create_backend
 from gqa_serve.engine.backends.base import Backend
 from gqa_serve.engine.batch import PlanRow, StepPlan
 from gqa_serve.engine.cpus import usable_cores
+from gqa_serve.engine.distributed.group import RankGroup
+from gqa_serve.engine.distributed.members import Members
+from gqa_serve.engine.distributed.shard import Shard
 from gqa_serve.engine.kv_cache import KVCache
 from gqa_serve.engine.memory import cpu_kv_budget, format_bytes, free_machine_memory, gpu_kv_budget
 from gqa_serve.engine.model_config import ModelConfig
 from gqa_serve.engine.models.loader import load_model
-from gqa_serve.engine.placement import Placement
+from gqa_serve.engine.placement import ALONE, Placement
 from gqa_serve.engine.request import ModelInfo, SamplingParams, sampling_defaults
 from gqa_serve.engine.sampler import SCORING_ROWS, PendingScores, RowOperations
 from gqa_serve.engine.weights.checkpoint import Checkpoint, open_checkpoint
@@ -41,7 +44,11 @@ OnTensor = Callable[[int, int], None]
 
 class ModelRunner:
     """A loaded model over its KV cache. `path` is a directory or .gguf file (see `resolve_model`), or an open
-    checkpoint; `model_config` stands in for what its config.json says."""
+    checkpoint; `model_config` stands in for what its config.json says.
+
+    With a `group` this is one rank's part of the model; the runners of all ranks are made, and are told to
+    execute and to compute logits, in the same order, and each gives what one runner of the whole would.
+    """
 
     def __init__(
         self,
@@ -50,9 +57,15 @@ class ModelRunner:
         on_tensor: OnTensor | None = None,
         *,
         model_config: ModelConfig | None = None,
-        placement: Placement = Placement(),
+        placement: Placement = ALONE,
+        group: RankGroup | None = None,
     ) -> None:
         self.placement = placement
+        self.group = group
+        if config.tensor_parallel_size != (1 if group is None else group.size):
+            raise ConfigError(
+                "--tensor-parallel-size is for `gqa-serve serve`, `gqa-serve chat` and LLM; leave it out."
+            )
         try:
             self._load(path, config, on_tensor, model_config)
         except torch.OutOfMemoryError as error:
@@ -87,22 +100,27 @@ class ModelRunner:
             if on_tensor is not None:
                 on_tensor(loaded, checkpoint.num_tensors)
 
+        members = None
+        if self.group is not None:
+            members = Members(self.group, Shard(self.config, self.group.rank, self.group.size))
         self.model = load_model(
             checkpoint,
             self.config,
             device=self.device,
             backend=self.backend,
             on_tensor=count,
+            members=members,
         )
         self._forward = self.backend.compile(self.model)
         self._give_back()  # parts of matrices that were joined
         self._warm_up(config)
         self._give_back()  # the throw-away cache
-        num_blocks = self._num_blocks(config)
+        num_blocks = min(self._of_all_ranks(self._num_blocks(config)))
         max_model_len = _fit_context(config, self.config.max_model_len, num_blocks * config.block_size)
-        self.cache = self.backend.allocate_cache(self.config, num_blocks, config.block_size)
+        self.cache = self.backend.allocate_cache(self.model.config, num_blocks, config.block_size)
         with torch.inference_mode():
             self.backend.capture(self._forward, self.cache)
+        block_bytes = self.backend.block_bytes(self.model.config, config.block_size)
         quantized = [name for name in self.model.weight_formats if name in _QUANTIZED]
         self.info = ModelInfo(
             model=config.model,
@@ -113,9 +131,9 @@ class ModelRunner:
             num_kv_heads=self.config.num_kv_heads,
             num_blocks=num_blocks,
             block_size=config.block_size,
-            kv_bytes_per_token=self.backend.block_bytes(self.config, config.block_size) // config.block_size,
+            kv_bytes_per_token=sum(self._of_all_ranks(block_bytes)) // config.block_size,
             kv_dtype=self.backend.kv_dtype,
-            weight_bytes=self.model.weight_bytes,
+            weight_bytes=sum(self._of_all_ranks(self.model.weight_bytes)),
             dtype=next(iter(self.model.weight_formats)),
             quantization="+".join(quantized) or "none",
             device=str(self.device),
@@ -169,7 +187,7 @@ class ModelRunner:
             rows.append(PlanRow([0] * tokens, 0, list(range(num_blocks, num_blocks + blocks)), 1))
             num_blocks += blocks
             left -= tokens
-        cache = self.backend.allocate_cache(self.config, num_blocks, config.block_size)
+        cache = self.backend.allocate_cache(self.model.config, num_blocks, config.block_size)
         with torch.inference_mode():
             hidden = self._forward(StepPlan(rows), cache)
             self.logits(hidden[:1].expand(1 if on_cpu else max(config.max_num_seqs, SCORING_ROWS), -1))
@@ -196,6 +214,9 @@ class ModelRunner:
             params = [SamplingParams(top_k=top_k, top_p=top_p, min_p=min_p)] * most
             operations.draw(logits, range(most), params, [0.5] * most)
 
+    def _of_all_ranks(self, number: int) -> list[int]:
+        return [number] if self.group is None else self.group.gather_numbers(number)
+
     def _give_back(self) -> None:
         """Of a GPU's memory, what torch keeps though nothing uses it: it would count as used."""
         if self.device.type == "cuda":
@@ -203,7 +224,7 @@ class ModelRunner:
 
     def _num_blocks(self, config: EngineConfig) -> int:
         """KV blocks: what --kv-cache-memory says, else a share of free memory, at most what could be used."""
-        size = self.backend.block_bytes(self.config, config.block_size)
+        size = self.backend.block_bytes(self.model.config, config.block_size)
         blocks_per_request = -(-self.config.max_model_len // config.block_size)
         free = free_memory(self.device)
         asked = config.kv_cache_memory
@@ -253,7 +274,7 @@ def _fit_context(config: EngineConfig, max_model_len: int, kv_tokens: int) -> in
     return kv_tokens
 
 
-def choose_device(name: str, *, placement: Placement = Placement()) -> torch.device:
+def choose_device(name: str, *, placement: Placement = ALONE) -> torch.device:
     """The torch device for --device, each process's own GPU. Raises ConfigError if this machine lacks it."""
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":

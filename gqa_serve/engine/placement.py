@@ -35,3 +35,7 @@ class Placement(msgspec.Struct, frozen=True):
     def share(self, cores: int) -> int:
         """Of so many cores, this process's: at least one, the first processes get what is over."""
         return max(1, cores // self.num_processes + (self.index < cores % self.num_processes))
+
+
+ALONE = Placement()
+"""The only process that computes."""

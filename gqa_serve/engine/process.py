@@ -8,6 +8,7 @@ Owns the process's life: it ends on `Stop`, when the other end closes (the API p
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import socket
 import sys
@@ -45,17 +46,26 @@ _MAX_FAILED_STEPS = 3
 
 def load_engine(start: Start, channel: Channel) -> Engine:
     """Load the model, reporting progress."""
-    from gqa_serve.engine.model_runner import ModelRunner
+    from gqa_serve.engine.distributed.replica import load_runner
 
-    runner = ModelRunner(
+    runner = load_runner(
         Path(start.path),
         start.config,
         lambda done, total: channel.send(Loading(done, total)),
         placement=start.placement,
+        log=(start.log_level, start.log_format),
+        on_loss=_end_at_once,
     )
     grammars = GrammarService.for_model(Path(start.path), runner.eos_token_ids)
     grammars.warm_up()
     return Engine(runner, start.config, grammars)
+
+
+def _end_at_once(reason: str) -> None:
+    """Whatever this process waits for will not come."""
+    logger.error("%s The engine process ends, to be replaced.", reason)
+    logging.shutdown()
+    os._exit(70)
 
 
 def serve(engine: Engine, channel: Channel) -> int:

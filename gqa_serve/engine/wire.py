@@ -12,7 +12,7 @@ import msgspec
 
 from gqa_serve.config import EngineConfig
 from gqa_serve.engine.metrics import EngineSnapshot, StepStats
-from gqa_serve.engine.placement import Placement
+from gqa_serve.engine.placement import ALONE, Placement
 from gqa_serve.engine.request import EngineRequest, ModelInfo, TokenOutput
 
 LENGTH = struct.Struct("<I")
@@ -25,7 +25,7 @@ class Start(msgspec.Struct, tag=True):
     config: EngineConfig
     log_level: str
     log_format: str = "text"
-    placement: Placement = Placement()
+    placement: Placement = ALONE
 
 
 class Add(msgspec.Struct, tag=True):

@@ -10,9 +10,9 @@ definition serves every backend, and a backend may record a forward pass with st
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import torch
 
@@ -69,6 +69,24 @@ class AttentionLayout:
             rotaries=tuple(Rotary.build(rope, config.max_model_len, device) for rope in ropes),
             layer_rotaries=tuple(None if rope is None else ropes.index(rope) for rope in config.ropes),
         )
+
+
+class Entries(NamedTuple):
+    """Part of a vocabulary: tokens `first` <= id < `end` of `total`."""
+
+    first: int
+    end: int
+    total: int
+
+    def place(self, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each token's row of a table with these entries alone, and whether the token is none of them. [T]"""
+        rows = token_ids - self.first
+        elsewhere = (rows < 0) | (rows >= self.end - self.first)
+        return rows.masked_fill(elsewhere, 0), elsewhere
+
+
+InPlace = Callable[[torch.Tensor], None]
+"""Changes an activation [T, n] in place."""
 
 
 class Packed(Protocol):
@@ -192,8 +210,18 @@ class Backend(ABC):
     # --- in a step ---
 
     @abstractmethod
-    def embed(self, table: Packed, token_ids: torch.Tensor, scale: float) -> torch.Tensor:
-        """Rows of the table [V, E] times `scale`, which is first rounded to the model's dtype: [T, E]."""
+    def embed(
+        self, table: Packed, token_ids: torch.Tensor, scale: float, entries: Entries | None = None
+    ) -> torch.Tensor:
+        """Rows of the table [V, E] times `scale`, which is first rounded to the model's dtype: [T, E].
+
+        `entries`: the table holds these of the vocabulary alone; other tokens' rows are zeros.
+        """
+
+    def apply(self, function: InPlace, x: torch.Tensor) -> torch.Tensor:
+        """x [T, n] after `function(x)` has changed it in place: what ranks tell each other."""
+        function(x)
+        return x
 
     @abstractmethod
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -17,8 +17,10 @@ from gqa_serve.engine.backends.base import (
     AttentionLayout,
     AttentionStep,
     Backend,
+    Entries,
     ForwardPass,
     HeadNorms,
+    InPlace,
     Linear,
     Packed,
     Role,
@@ -202,8 +204,13 @@ class CpuBackend(Backend):
 
     # --- in a step, while it is recorded ---
 
-    def embed(self, table: Packed, token_ids: torch.Tensor, scale: float) -> torch.Tensor:
-        return self.recorder.embed(table, scale)
+    def embed(
+        self, table: Packed, token_ids: torch.Tensor, scale: float, entries: Entries | None = None
+    ) -> torch.Tensor:
+        return self.recorder.embed(table, scale, entries)
+
+    def apply(self, function: InPlace, x: torch.Tensor) -> torch.Tensor:
+        return self.recorder.apply(function, x)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return self.recorder.rms_norm(x, weight, eps)

@@ -11,13 +11,14 @@ linear layer of gate and up gives is read by its gated activation alone.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 
-from gqa_serve.engine.backends.base import AttentionLayout, HeadNorms
+from gqa_serve.engine.backends.base import AttentionLayout, Entries, HeadNorms, InPlace
 from gqa_serve.engine.rope import Rotary
 
 
@@ -48,9 +49,20 @@ class Recorder:
         self.operations: list[_Operation] = []
         self._keep: list[torch.Tensor] = []
 
-    def embed(self, table: Any, scale: float) -> torch.Tensor:
+    def embed(self, table: Any, scale: float, entries: Entries | None) -> torch.Tensor:
         out = Symbol(table.k)
-        return self._record((), out, lambda: self.program.embed(table, out.value, scale))
+        first, _, total = entries or Entries(0, table.n, table.n)
+        return self._record((), out, lambda: self.program.embed(table, out.value, scale, first, total))
+
+    def apply(self, function: InPlace, x: torch.Tensor) -> torch.Tensor:
+        """`function` is called in the middle of a step, and sees the step's rows as a tensor."""
+        source = _symbol(x)
+
+        def call(address: int, rows: int) -> None:
+            function(_floats_at(address, rows, source.width))
+
+        self._record((source,), None, lambda: self.program.call(call, source.value))
+        return x
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         source, out = _symbol(x), Symbol(_symbol(x).width)
@@ -166,6 +178,12 @@ class Recorder:
         tensor = tensor.detach().float().contiguous().cpu()
         self._keep.append(tensor)
         return tensor.data_ptr(), tensor.numel()
+
+
+def _floats_at(address: int, rows: int, width: int) -> torch.Tensor:
+    """The [rows, width] float32 that lie there, as a tensor."""
+    numbers = (ctypes.c_float * (rows * width)).from_address(address)
+    return torch.frombuffer(numbers, dtype=torch.float32).view(rows, width)
 
 
 def _are_gate_and_up(parts: Sequence[Any]) -> bool:

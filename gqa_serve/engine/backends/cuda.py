@@ -21,6 +21,7 @@ from gqa_serve.engine.backends.base import (
     AttentionLayout,
     AttentionStep,
     Backend,
+    Entries,
     ForwardPass,
     HeadNorms,
     Linear,
@@ -114,8 +115,13 @@ class CudaBackend(Backend):
 
     # --- in a step ---
 
-    def embed(self, table: Packed, token_ids: torch.Tensor, scale: float) -> torch.Tensor:
-        return self.weights.embed(table, token_ids, scale)
+    def embed(
+        self, table: Packed, token_ids: torch.Tensor, scale: float, entries: Entries | None = None
+    ) -> torch.Tensor:
+        if entries is None:
+            return self.weights.embed(table, token_ids, scale)
+        row, elsewhere = entries.place(token_ids)
+        return self.weights.embed(table, row, scale).masked_fill_(elsewhere[:, None], 0.0)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return rms_norm(x, weight, eps, torch.empty_like(x))

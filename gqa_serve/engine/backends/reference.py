@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, cast
 import torch
 import torch.nn.functional as F
 
-from gqa_serve.engine.backends.base import AttentionLayout, AttentionStep, Backend, Linear, Packed, Role
+from gqa_serve.engine.backends.base import (
+    AttentionLayout,
+    AttentionStep,
+    Backend,
+    Entries,
+    Linear,
+    Packed,
+    Role,
+)
 from gqa_serve.engine.backends.reference_attention import ReferenceAttentionStep
 from gqa_serve.engine.kv_cache import KV_DTYPES, KVCache, TensorKVCache
 
@@ -91,8 +99,15 @@ class ReferenceBackend(Backend):
     def allocate_cache(self, config: ModelConfig, num_blocks: int, block_size: int) -> KVCache:
         return TensorKVCache.allocate(config, num_blocks, block_size, self.cache_dtype, self.device)
 
-    def embed(self, table: Packed, token_ids: torch.Tensor, scale: float) -> torch.Tensor:
-        rows = F.embedding(token_ids, cast("ReferenceMatrix", table).tensor)  # [T, E]
+    def embed(
+        self, table: Packed, token_ids: torch.Tensor, scale: float, entries: Entries | None = None
+    ) -> torch.Tensor:
+        matrix = cast("ReferenceMatrix", table).tensor
+        if entries is None:
+            rows = F.embedding(token_ids, matrix)  # [T, E]
+        else:
+            row, elsewhere = entries.place(token_ids)
+            rows = F.embedding(row, matrix).masked_fill_(elsewhere[:, None], 0.0)  # [T, E]
         return rows if scale == 1.0 else rows * torch.tensor(scale, dtype=rows.dtype)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -13,6 +13,7 @@ from gqa_serve.engine.backends.base import AttentionStep, Backend
 from gqa_serve.engine.model_config import ModelConfig
 from gqa_serve.engine.models.attention import Attention
 from gqa_serve.engine.models.parameters import Parameters
+from gqa_serve.engine.models.ranks import Ranks
 
 
 class GatedMLP:
@@ -35,26 +36,38 @@ class DecoderLayer:
     stream and norming it is one operation of the backend.
     """
 
-    def __init__(self, config: ModelConfig, parameters: Parameters, layer: int, backend: Backend) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        parameters: Parameters,
+        layer: int,
+        backend: Backend,
+        ranks: Ranks | None = None,
+    ) -> None:
         self.backend = backend
+        self.ranks = ranks
         self.eps = config.norm_eps
         self.scale = config.residual_scale
         self.attn_norm = parameters.optional_norm("attn_norm")
         self.post_attn_norm = parameters.optional_norm("post_attn_norm")
         self.mlp_norm = parameters.optional_norm("mlp_norm")
         self.post_mlp_norm = parameters.optional_norm("post_mlp_norm")
-        self.attention = Attention(config, parameters, layer)
+        self.attention = Attention(config, parameters, layer, backend, ranks)
         self.mlp = GatedMLP(config, parameters, backend)
 
     def __call__(
         self, x: torch.Tensor, residual: torch.Tensor, next_norm: torch.Tensor | None, step: AttentionStep
     ) -> torch.Tensor:
         """x [T, E], the normed input, -> the next layer's normed input; adds to `residual` in place."""
-        x = self.attention(x, step)
+        x = self._summed(self.attention(x, step))
         if self.post_attn_norm is not None:
             x = self.backend.rms_norm(x, self.post_attn_norm, self.eps)
         x = self.backend.add_rms_norm(x, residual, self.mlp_norm, self.eps, self.scale)
-        x = self.mlp(x)
+        x = self._summed(self.mlp(x))
         if self.post_mlp_norm is not None:
             x = self.backend.rms_norm(x, self.post_mlp_norm, self.eps)
         return self.backend.add_rms_norm(x, residual, next_norm, self.eps, self.scale)
+
+    def _summed(self, x: torch.Tensor) -> torch.Tensor:
+        """Of attention or MLP: all ranks' parts together."""
+        return x if self.ranks is None else self.backend.apply(self.ranks.add_up, x)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -22,6 +22,10 @@ from gqa_serve.engine.models.family import Family, WeightSlot, parameter_shapes,
 from gqa_serve.engine.models.parameters import Loaded
 from gqa_serve.engine.weights.quantized_matrix import QuantizedMatrix
 from gqa_serve.errors import ModelError
+
+if TYPE_CHECKING:
+    from gqa_serve.engine.distributed.members import Members
+    from gqa_serve.engine.distributed.shard import Shard
 
 _NAMED = 5
 # Buffers that older releases saved with the weights; they follow from the config.
@@ -45,8 +49,11 @@ def load_model(
     device: torch.device,
     backend: Backend,
     on_tensor: Callable[[str], None] | None = None,
+    members: Members | None = None,
 ) -> Decoder:
     """Load the weights of `config` from `checkpoint`; `on_tensor(name)` is called after each tensor.
+
+    With `members` only this rank's part of each is read and kept, and the model is that part.
 
     Matrices are held as the backend packs them; norm weights (with Gemma's 1 added) and biases in float32.
     Raises ModelError if tensors are missing, unexpected, duplicated or wrongly shaped; names and shapes are
@@ -54,16 +61,18 @@ def load_model(
     """
     family = family_of(config.architecture)
     plan = plan_tensors(checkpoint.tensor_shapes(), config, family)
+    shard = None if members is None else members.shard
+    local = config if shard is None else shard.local
     loaded = Loaded()
-    for name, shape in parameter_shapes(config, family.names).items():
+    for name, shape in parameter_shapes(local, family.names).items():
         if len(shape) == 1:
             loaded.vectors[name] = torch.empty(shape, dtype=torch.float32, device=device)
-    _load_all(checkpoint.tensors(), plan, config, backend, loaded, on_tensor)
+    _load_all(checkpoint.tensors(), plan, config, backend, loaded, on_tensor, shard)
     if config.norm_plus_one:
         for name, vector in loaded.vectors.items():
             if name.split(".")[-2].endswith("norm"):
                 vector.add_(1.0)
-    return Decoder(config, loaded, backend, device)
+    return Decoder(local, loaded, backend, device, members)
 
 
 def plan_tensors(
@@ -119,6 +128,7 @@ def _load_all(
     backend: Backend,
     loaded: Loaded,
     on_tensor: Callable[[str], None] | None,
+    shard: Shard | None,
 ) -> None:
     """Put each tensor into its slot. What comes must be what the headers named, each once."""
     left = dict(plan)
@@ -127,7 +137,9 @@ def _load_all(
             raise _twice(name)
         slot = left.pop(name)
         if slot is not None:
-            load_tensor(name, tensor, slot, config, backend, loaded)
+            parts = [(tensor, slot)] if shard is None else list(cut_tensor(tensor, slot, shard))
+            for part, place in parts:
+                load_tensor(name, part, place, config, backend, loaded)
         if on_tensor is not None:
             on_tensor(name)
     if left:
@@ -165,6 +177,38 @@ def load_tensor(
     except ValueError as error:
         raise ModelError(f"Tensor {name} {error}.") from error
     loaded.matrices.setdefault(slot.parameter, {})[slot.row] = packed
+
+
+def cut_tensor(
+    tensor: torch.Tensor | QuantizedMatrix, slot: WeightSlot, shard: Shard
+) -> Iterator[tuple[torch.Tensor | QuantizedMatrix, WeightSlot]]:
+    """The parts of a tensor that are the shard's, each with its slot in the shard's own parameter.
+
+    A fused projection has several: its queries, keys and values are cut each for themselves.
+    """
+    columns = shard.columns(slot.parameter)
+    kept = shard.rows(slot.parameter)
+    if kept is None:
+        kept = ((slot.row, slot.row + slot.shape[0]),)
+    row = 0
+    for first, end in kept:
+        begin, stop = max(first, slot.row), min(end, slot.row + slot.shape[0])
+        if begin < stop:
+            rows = slice(begin - slot.row, stop - slot.row)
+            part = _cut(tensor, rows, columns)
+            if shard.leaves_out(slot.parameter):
+                assert isinstance(part, torch.Tensor)
+                part = torch.zeros_like(part)
+            yield part, WeightSlot(slot.parameter, row + begin - first, tuple(part.shape))
+        row += end - first
+
+
+def _cut(
+    tensor: torch.Tensor | QuantizedMatrix, rows: slice, columns: tuple[int, int] | None
+) -> torch.Tensor | QuantizedMatrix:
+    if isinstance(tensor, QuantizedMatrix):
+        return tensor.cut(rows, slice(*columns or (0, tensor.shape[1])))
+    return tensor[rows] if columns is None else tensor[rows, slice(*columns)]
 
 
 def _role(parameter: str, config: ModelConfig) -> Role:

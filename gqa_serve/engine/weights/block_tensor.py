@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gguf.constants import GGMLQuantizationType
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from gqa_serve.engine.weights.gguf_file import dequantize_blocks
 from gqa_serve.engine.weights.quantized_matrix import GroupedTensor, QuantizedMatrix
@@ -40,6 +40,15 @@ class BlockTensor(QuantizedMatrix):
 
         kind = GGMLQuantizationType[self.type]
         return torch.from_numpy(dequantize_blocks(self.rows.numpy(), kind, self.shape, self.name))
+
+    def cut(self, rows: slice, columns: slice) -> QuantizedMatrix:
+        """Blocks as they are; columns that begin or end within one are cut from the numbers instead."""
+        size, size_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[self.type]]
+        if columns.start % size or columns.stop % size:
+            return super().cut(rows, columns)
+        blocks = slice(columns.start // size * size_bytes, columns.stop // size * size_bytes)
+        shape = rows.stop - rows.start, columns.stop - columns.start
+        return BlockTensor(self.name, self.type, shape, self.rows[rows, blocks].contiguous())
 
     def grouped(self, device: torch.device) -> GroupedTensor | None:
         """Q8_0 (scale, 32 int8), Q4_0 and Q4_1 (scale, perhaps a minimum, 16 bytes: inputs i and i + 16)."""

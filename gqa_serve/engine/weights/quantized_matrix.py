@@ -7,6 +7,7 @@ Invariant: `grouped` and `dequantize` say the same numbers, exactly those the ch
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -31,6 +32,34 @@ class QuantizedMatrix(ABC):
     @abstractmethod
     def dequantize(self) -> torch.Tensor:
         """[n, k] float32, where the numbers are. Raises UnsupportedModelError where that is not known."""
+
+    def cut(self, rows: slice, columns: slice) -> QuantizedMatrix:
+        """The part of these rows and columns, each `slice(first, end)`."""
+        return MatrixPart(self, rows, columns)
+
+
+@dataclass(frozen=True, eq=False)
+class MatrixPart(QuantizedMatrix):
+    """Rows and columns of a matrix that is read whole."""
+
+    source: QuantizedMatrix
+    rows: slice
+    columns: slice
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return self.source.name
+
+    @property
+    def shape(self) -> tuple[int, int]:  # type: ignore[override]
+        return self.rows.stop - self.rows.start, self.columns.stop - self.columns.start
+
+    def grouped(self, device: torch.device) -> GroupedTensor | None:
+        whole = self.source.grouped(device)
+        return None if whole is None else whole.cut(self.rows, self.columns)
+
+    def dequantize(self) -> torch.Tensor:
+        return self.source.dequantize()[self.rows, self.columns]
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +106,24 @@ class GroupedTensor:
         scale = repeated(self.scale)
         assert scale is not None
         return GroupedTensor(self.bits, group, self.codes, scale, repeated(self.zero), repeated(self.minimum))
+
+    def cut(self, rows: slice, columns: slice) -> GroupedTensor:
+        """The part of these rows and columns, in smaller groups where the columns begin or end within one."""
+        k = self.codes.shape[1]
+        own = min(self.group, k)
+        end = 0 if columns.stop == k else columns.stop  # the last group may be short as it is
+        group = math.gcd(own, columns.start, end)
+        if group < own:
+            return self.in_groups_of(group).cut(rows, columns)
+
+        def part(values: torch.Tensor | None) -> torch.Tensor | None:
+            first, end = columns.start // self.group, -(-columns.stop // self.group)
+            return None if values is None else values[rows, first:end]
+
+        scale = part(self.scale)
+        assert scale is not None
+        codes = self.codes[rows, columns]
+        return GroupedTensor(self.bits, self.group, codes, scale, part(self.zero), part(self.minimum))
 
     def _by_input(self, values: torch.Tensor) -> torch.Tensor:
         """[n, groups] -> [n, k]."""

@@ -210,7 +210,7 @@ class _Pass:
             assert new.shape == converted_shape(slot, self.config, self.num_kv_heads)
             converted[name] = (WeightSlot(slot.parameter, row, tuple(new.shape)), new)
         loaded = self._load(layer, config, converted)
-        return Attention(config, Parameters(loaded, self.backend).under(f"layers.{layer}"), 0)
+        return Attention(config, Parameters(loaded, self.backend).under(f"layers.{layer}"), 0, self.backend)
 
     def _note_errors(
         self, variant: Variant, merge: LayerMerge, seen: KeysAndValues, norms: HeadNorms | None

@@ -26,6 +26,7 @@ from gqa_serve.engine.backends.base import (
     AttentionLayout,
     AttentionStep,
     Backend,
+    Entries,
     HeadNorms,
     Linear,
     Packed,
@@ -109,7 +110,11 @@ class TrainingBackend(Backend):
 
     # --- in a step ---
 
-    def embed(self, table: Packed, token_ids: torch.Tensor, scale: float) -> torch.Tensor:
+    def embed(
+        self, table: Packed, token_ids: torch.Tensor, scale: float, entries: Entries | None = None
+    ) -> torch.Tensor:
+        if entries is not None:
+            raise NotImplementedError("a model is trained whole, not by tensor-parallel ranks")
         rows = F.embedding(token_ids, cast("TrainablePart", table).weight)  # [T, E]
         rows = rows.float()
         if scale != 1.0:

@@ -200,8 +200,20 @@ void bind_recording(nb::class_<Program>& program) {
           "inv_freq"_a, "n"_a, "scale"_a)
       .def(
           "embed",
-          [](Program& p, WeightPtr table, Value out, float scale) { p.add(EmbedOp{table, out, scale}); }, "table"_a,
-          "out"_a, "scale"_a)
+          [](Program& p, WeightPtr table, Value out, float scale, int first, int vocabulary) {
+            p.add(EmbedOp{table, out, scale, first, vocabulary > 0 ? vocabulary : table->packed.n});
+          },
+          "table"_a, "out"_a, "scale"_a, "first"_a = 0, "vocabulary"_a = 0,
+          "The table holds `vocabulary`'s rows from `first` on; 0: its own rows are the vocabulary.")
+      .def(
+          "call",
+          [](Program& p, nb::callable function, Value x) {
+            p.add(CallOp{x, x, [function](float* data, int rows) {
+                           nb::gil_scoped_acquire acquire;
+                           function(reinterpret_cast<Address>(data), rows);
+                         }});
+          },
+          "function"_a, "x"_a, "function(address, rows) changes rows of x in place, with the interpreter's lock.")
       .def(
           "rms_norm",
           [](Program& p, Value x, Address weight, int n, Value out, float eps) {

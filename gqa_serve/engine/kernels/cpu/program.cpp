@@ -281,7 +281,7 @@ void Program::run(const Step& step, const KVCache& cache, Value result, float* o
   const int width = widths_.at(result), num_tokens = int(step.token_ids.size());
   for (const Op& op : ops_) {
     const EmbedOp* embed = std::get_if<EmbedOp>(&op);
-    auto known = [&](int64_t token) { return token >= 0 && token < embed->table->packed.n; };
+    auto known = [&](int64_t token) { return token >= 0 && token < embed->vocabulary; };
     if (embed && !std::all_of(step.token_ids.begin(), step.token_ids.end(), known))
       throw std::invalid_argument("a token id is not in the vocabulary");
   }
@@ -337,7 +337,7 @@ void Program::gather_wanted(const Rows& rows, int thread) {
 
 std::vector<std::pair<std::string, double>> Program::profile() {
   static const char* const names[] = {"embed", "norm", "add and norm", "linear", "gated linear", "gated",
-                                      "rotate and write", "attend"};
+                                      "rotate and write", "attend", "call"};
   std::vector<std::pair<std::string, double>> result;
   for (size_t i = 0; i < seconds_.size(); i++) {
     std::string name = names[ops_[i].index()];
@@ -372,9 +372,19 @@ void Program::execute(const EmbedOp& op, const Rows& rows, int thread) {
   const PackedWeight& table = op.table->packed;
   team_.parallel_for(thread, rows.count, [&](int row) {
     float* out = value(op.out) + size_t(row) * table.k;
-    unpack_row(table, int(rows.token_ids[row]), out);
+    const int64_t entry = rows.token_ids[row] - op.first;
+    if (entry < 0 || entry >= table.n) {
+      std::fill_n(out, table.k, 0.0f);
+      return;
+    }
+    unpack_row(table, int(entry), out);
     if (op.scale != 1.0f) kernels_.scale(out, table.k, op.scale);
   });
+}
+
+void Program::execute(const CallOp& op, const Rows& rows, int thread) {
+  if (thread == 0) op.function(value(op.x), rows.count);
+  team_.barrier(thread);
 }
 
 void Program::execute(const NormOp& op, const Rows& rows, int thread) {

@@ -10,6 +10,7 @@
 #pragma once
 
 #include <atomic>
+#include <functional>
 #include <memory>
 #include <string>
 #include <variant>
@@ -36,10 +37,11 @@ using Floats = std::shared_ptr<const std::vector<float>>;
 // Value numbers name [rows, width] float32 buffers; see Program::add_value.
 using Value = int;
 
-struct EmbedOp {
+struct EmbedOp {  // the table holds rows of tokens first .. first + n of `vocabulary`; those of others are zeros
   WeightPtr table;
   Value out;
   float scale;
+  int first, vocabulary;
 };
 struct NormOp {
   Value x, out;
@@ -76,7 +78,13 @@ struct AttendOp {
   Value q, out;
   AttentionParams params;
 };
-using Op = std::variant<EmbedOp, NormOp, AddNormOp, LinearOp, GatedLinearOp, GatedOp, RotateOp, AttendOp>;
+// Changes `rows` rows of a value in place. Called by the thread that called run(), while the others wait.
+using Call = std::function<void(float* x, int rows)>;
+struct CallOp {
+  Value x, out;  // the same
+  Call function;
+};
+using Op = std::variant<EmbedOp, NormOp, AddNormOp, LinearOp, GatedLinearOp, GatedOp, RotateOp, AttendOp, CallOp>;
 
 // Whether matrices read the same prepared activations.
 bool same_input(const PackedWeight& a, const PackedWeight& b);
@@ -156,6 +164,7 @@ class Program {
   void execute(const LinearOp& op, const Rows& rows, int thread);
   void execute(const GatedLinearOp& op, const Rows& rows, int thread);
   void execute(const GatedOp& op, const Rows& rows, int thread);
+  void execute(const CallOp& op, const Rows& rows, int thread);
   void execute(const RotateOp& op, const Rows& rows, const KVCache& cache, int thread);
   void execute(const AttendOp& op, const Rows& rows, const KVCache& cache, int thread);
   template <class F>
