@@ -1,17 +1,15 @@
-"""Tensor parallelism by arithmetic: what one of several ranks holds, and what the ranks tell each other.
+"""Tensor parallelism by arithmetic: what the ranks of a model hold, and what they tell each other.
 
-Owns how a model is cut: attention by heads, the MLP by its inner width, the vocabulary by its entries, as in
-Megatron-LM (Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053). A KV head serves whole groups of query
-heads, so with fewer KV heads than ranks each rank holds a copy of the one that its query heads read. Knows no
-processes and no torch: all ranks are equal, so one rank's config stands for each of them.
-Invariant: the ranks together hold every head exactly once, KV heads ranks/num_kv_heads times where that is
-more than one.
+Owns what a plan needs to know of the ranks. How a model is cut is the engine's business
+(`engine/distributed/shard.py`), which cuts unevenly where it must; a step takes as long as the rank with the
+most to do, so that one's config stands for all of them. Knows no processes and no torch.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+from gqa_serve.engine.distributed.shard import Shard
 from gqa_serve.engine.model_config import ModelConfig
 from gqa_serve.errors import ConfigError
 from gqa_serve.workbench.hardware import Hardware
@@ -20,24 +18,22 @@ REDUCTIONS_PER_LAYER = 2  # the sums of the attention outputs and of the MLP out
 
 
 def local_config(config: ModelConfig, ranks: int) -> ModelConfig:
-    """What one of `ranks` holds, as a model of its own; hidden size, layers and windows are the whole's.
+    """What the busiest of `ranks` holds, as a model of its own; all else is the whole's.
 
-    The vocabulary's rows may be cut anywhere; the config is of a rank with the most. Raises ConfigError where
-    heads, KV heads or the MLP's inner width cannot be divided evenly.
+    Where things do not divide evenly, it is the most that any rank has of each. Raises ConfigError for more
+    ranks than query heads.
     """
-    if ranks < 1:
-        raise ConfigError(f"There must be 1 rank or more, got {ranks}.")
-    if problem := _indivisible(config, ranks):
-        allowed = [count for count in range(1, config.num_heads + 1) if not _indivisible(config, count)]
+    if not 1 <= ranks <= config.num_heads:
         raise ConfigError(
-            f"{problem} cannot be divided over {ranks} ranks; use {' or '.join(map(str, allowed))}."
+            f"{config.num_heads} heads cannot be divided over {ranks} ranks; use 1 to {config.num_heads}."
         )
+    parts = [Shard(config, rank, ranks).local for rank in range(ranks)]
     return replace(
         config,
-        num_heads=config.num_heads // ranks,
-        num_kv_heads=max(1, config.num_kv_heads // ranks),
-        intermediate_size=config.intermediate_size // ranks,
-        vocab_size=-(-config.vocab_size // ranks),
+        num_heads=max(part.num_heads for part in parts),
+        num_kv_heads=max(part.num_kv_heads for part in parts),
+        intermediate_size=max(part.intermediate_size for part in parts),
+        vocab_size=max(part.vocab_size for part in parts),
     )
 
 
@@ -63,15 +59,3 @@ def all_reduce_seconds(
     numbers = REDUCTIONS_PER_LAYER * config.num_layers * num_tokens * config.hidden_size
     reduced = numbers * (activation_bytes or 4)
     return reduced * 2 * (ranks - 1) / ranks / hardware.link_bandwidth
-
-
-def _indivisible(config: ModelConfig, ranks: int) -> str | None:
-    """What keeps the model from being cut into so many parts; None if nothing does."""
-    kv = config.num_kv_heads
-    if config.num_heads % ranks:
-        return f"{config.num_heads} heads"
-    if kv % ranks and ranks % kv:
-        return f"{kv} KV heads"
-    if config.intermediate_size % ranks:
-        return f"The MLP's inner width of {config.intermediate_size}"
-    return None

@@ -41,6 +41,7 @@ class RankGroup:
             timeout=_PATIENCE,
             device_id=device if device.type == "cuda" else None,
         )
+        self.gather_numbers(rank)  # a rank may still be reading the file when others have done with it
 
     def close(self) -> None:
         """Leave the group."""

@@ -17,15 +17,20 @@ from gqa_serve.engine.placement import Placement
 from gqa_serve.engine.wire import LENGTH
 
 
-class Load(msgspec.Struct, tag=True):
-    """First order: load this rank's part of the model at `path`; the ranks meet at the file `meeting`."""
+class Join(msgspec.Struct, tag=True):
+    """First order: be the rank that `placement` says, and meet the others at the file `meeting`."""
 
-    path: str
     config: EngineConfig
     placement: Placement
     meeting: str
     log_level: str
     log_format: str
+
+
+class Load(msgspec.Struct, tag=True):
+    """Second order, when all ranks have met: load this rank's part of the model at `path`."""
+
+    path: str
 
 
 class Execute(msgspec.Struct, tag=True):
@@ -52,7 +57,7 @@ class Refused(msgspec.Struct, tag=True):
     message: str
 
 
-Order = Load | Execute | Logits
+Order = Join | Load | Execute | Logits
 Report = Here | Refused
 Message = TypeVar("Message")
 _encoder = msgspec.msgpack.Encoder()
@@ -75,9 +80,12 @@ class Reader(Generic[Message]):
 
     def next(self) -> Message | None:
         """The next message; None when the other end is gone."""
-        length = self._stream.read(LENGTH.size)
-        if len(length) < LENGTH.size:
+        try:
+            length = self._stream.read(LENGTH.size)
+            if len(length) < LENGTH.size:
+                return None
+            (size,) = LENGTH.unpack(length)
+            data = self._stream.read(size)
+        except OSError:  # it went with messages unread
             return None
-        (size,) = LENGTH.unpack(length)
-        data = self._stream.read(size)
         return self._decoder.decode(data) if len(data) == size else None

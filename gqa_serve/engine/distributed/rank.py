@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,11 +23,13 @@ from gqa_serve.engine.distributed.group import RankGroup
 from gqa_serve.engine.distributed.orders import (
     Execute,
     Here,
+    Join,
     Load,
     Logits,
     Order,
     Reader,
     Refused,
+    Report,
     framed,
     order_decoder,
 )
@@ -37,17 +40,18 @@ from gqa_serve.logs import configure_logging
 logger = logging.getLogger(__name__)
 
 
-def join(load: Load) -> ModelRunner:
-    """This rank's part of the model, once all ranks have loaded theirs."""
-    placement = load.placement
+def load_part(join: Join, orders: Reader[Order], say: Callable[[Report], None]) -> ModelRunner | None:
+    """This rank's part of the model, once all ranks have loaded theirs; None if the first rank has gone."""
+    placement, config = join.placement, join.config
+    device = choose_device(config.device, placement=placement)
+    say(Here())  # from here on the others wait for this one
     group = RankGroup(
-        Path(load.meeting),
-        placement.rank,
-        placement.num_ranks,
-        choose_device(load.config.device, placement=placement),
-        exact=load.config.deterministic,
+        Path(join.meeting), placement.rank, placement.num_ranks, device, exact=config.deterministic
     )
-    return ModelRunner(Path(load.path), load.config, placement=placement, group=group)
+    load = orders.next()
+    if not isinstance(load, Load):
+        return None
+    return ModelRunner(Path(load.path), config, placement=placement, group=group)
 
 
 def follow(runner: ModelRunner, orders: Reader[Order]) -> None:
@@ -74,24 +78,28 @@ def _end_with(lifeline: int) -> None:
 
 
 def main(fd: int, lifeline: int) -> int:
-    """The process: the first order says what to load."""
+    """The process: the first order says which rank it is."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     _end_with(lifeline)
     sock = socket.socket(fileno=fd)
     orders = Reader(sock, order_decoder)
-    load = orders.next()
-    if not isinstance(load, Load):
+    join = orders.next()
+    if not isinstance(join, Join):
         return 0
-    configure_logging(load.log_level, load.log_format, process=f"rank {load.placement.rank}")
-    sock.sendall(framed(Here()))
+    configure_logging(join.log_level, join.log_format, process=f"rank {join.placement.rank}")
+
+    def say(report: Report) -> None:
+        sock.sendall(framed(report))
+
     try:
-        runner = join(load)
+        runner = load_part(join, orders, say)
     except (GqaServeError, MemoryError) as error:
-        sock.sendall(framed(Refused(str(error) or "There is not enough memory to load the model.")))
+        say(Refused(str(error) or "There is not enough memory to load the model."))
         return 1
     try:
-        follow(runner, orders)
+        if runner is not None:
+            follow(runner, orders)
     except Exception:
         logger.exception("This tensor-parallel rank failed.")
         return 1

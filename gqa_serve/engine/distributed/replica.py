@@ -36,6 +36,7 @@ from gqa_serve.engine.distributed.group import RankGroup
 from gqa_serve.engine.distributed.orders import (
     Execute,
     Here,
+    Join,
     Load,
     Logits,
     Order,
@@ -51,7 +52,7 @@ from gqa_serve.errors import GqaServeError, RanksLostError
 
 logger = logging.getLogger(__name__)
 
-_GRACE_S = 2.0  # for this process to see by itself that a rank is gone, and to say why, before `on_loss`
+_GRACE_S = 5.0  # for this process to see by itself that a rank is gone, and to say why, before `on_loss`
 _EXIT_TIMEOUT_S = 5.0
 
 Log = tuple[str, str]
@@ -101,11 +102,12 @@ class ReplicaRunner:
                 meeting = Path(folder) / "ranks"
                 for rank in range(1, placement.num_ranks):
                     place = msgspec.structs.replace(placement, rank=rank)
-                    self._others.start(Load(str(path), config, place, str(meeting), *log))
+                    self._others.start(Join(config, place, str(meeting), *log))
                 self._others.wait_for_all()
                 adopt_loopback()
                 group = RankGroup(meeting, 0, placement.num_ranks, device, exact=config.deterministic)
             self._others.group = group
+            self._others.tell(Load(str(path)))
             self._local = ModelRunner(path, config, on_tensor, placement=placement, group=group)
         self._group = group
 
@@ -169,8 +171,8 @@ class OtherRanks:
         self._loss: str | None = None
         """Why the first of them was lost."""
 
-    def start(self, load: Load) -> None:
-        """Start the rank that `load` names and tell it to load."""
+    def start(self, join: Join) -> None:
+        """Start the rank that `join` names and tell it to meet the others."""
         ours, theirs = socket.socketpair()
         self._sockets.append(ours)
         with theirs:
@@ -181,8 +183,8 @@ class OtherRanks:
             )
         self._processes.append(process)
         with contextlib.suppress(OSError):  # it has ended already, which its watcher tells
-            ours.sendall(framed(load))
-        rank = load.placement.rank
+            ours.sendall(framed(join))
+        rank = join.placement.rank
         threading.Thread(
             target=self._watch, args=(rank, process, ours), name=f"rank {rank}", daemon=True
         ).start()
@@ -190,16 +192,18 @@ class OtherRanks:
     def _watch(self, rank: int, process: subprocess.Popen[bytes], sock: socket.socket) -> None:
         """Hear a rank say that it is there, and see it end."""
         reports = Reader(sock, report_decoder)
-        refusal = None
+        reason = None
         while (report := reports.next()) is not None:
             if isinstance(report, Here):
                 self._here.put(True)
             else:
-                refusal = report.message
-        status = process.wait()
+                reason = report.message
+        if reason is None:
+            reason = (
+                f"Tensor-parallel rank {rank} (process {process.pid}) ended with status {process.wait()}."
+            )
         if self._closing.is_set():
             return
-        reason = refusal or f"Tensor-parallel rank {rank} (process {process.pid}) ended with status {status}."
         self._loss = self._loss or reason
         self._lost.set()
         self._here.put(False)
@@ -227,7 +231,7 @@ class OtherRanks:
             self.close()
             raise
         except Exception as error:
-            self._lost.wait(_GRACE_S / 2)
+            self._lost.wait(_GRACE_S)  # if this failed because a rank has died, that is the reason to tell
             self.close()
             reason = self._loss or f"The first rank failed ({type(error).__name__}: {error})."
             raise RanksLostError(f"The tensor-parallel ranks could not {purpose}. {reason}") from error

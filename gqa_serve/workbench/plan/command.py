@@ -181,41 +181,23 @@ def _enough_ranks(
     """The smallest usual number of devices that the model as it is fits into."""
     possible = []
     for count in DEFAULT_RANKS if hardware.link_bandwidth is not None else (1,):
+        if count > source.config.num_heads:
+            break
         formats = served_formats(source, hardware, args.quantization, case.kv_dtype, settings.block_size)
-        answer = Answer(
-            source,
-            source.config,
-            Case(case.kv_dtype, count, case.context_len),
-            formats,
-            hardware,
-            settings,
-        )
-        if _divides(answer):
-            possible.append(answer)
+        fewer = Case(case.kv_dtype, count, case.context_len)
+        possible.append(Answer(source, source.config, fewer, formats, hardware, settings))
     return smallest_ranks(possible)
 
 
 def _answers(
     args: argparse.Namespace, source: ModelSource, hardware: Hardware, settings: MemorySettings, case: Case
 ) -> list[Answer]:
-    """One for each number of KV heads; what nobody named and the ranks cannot divide is left out."""
+    """One for each number of KV heads."""
     formats = served_formats(source, hardware, args.quantization, case.kv_dtype, settings.block_size)
-    answers = [
+    return [
         Answer(source, source.with_kv_heads(count), case, formats, hardware, settings)
         for count in args.num_kv_heads or group_counts(source.config)
     ]
-    if args.num_kv_heads:
-        for answer in answers:
-            local_config(answer.config, case.ranks)
-    return [answer for answer in answers if _divides(answer)]
-
-
-def _divides(answer: Answer) -> bool:
-    try:
-        local_config(answer.config, answer.case.ranks)
-    except ConfigError:
-        return False
-    return True
 
 
 def _memory_settings(args: argparse.Namespace) -> MemorySettings:

@@ -18,8 +18,7 @@ from gqa_serve.engine.backends import native_is_built
 
 TOLERANCE = 1e-4
 needs_native = pytest.mark.skipif(not native_is_built(), reason="the native kernels are not built")
-# Query heads over KV heads: over 2 and 4 ranks these are even, uneven (2 + 1 KV heads, one of three copied) and
-# copied.
+# Query heads over KV heads: over 2 and 4 ranks these are even, uneven (2 + 1; one of three copied), copied.
 HEADS = [(4, 4), (6, 3), (5, 1)]
 
 

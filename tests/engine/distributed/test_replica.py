@@ -1,0 +1,187 @@
+"""A replica of several processes: the tokens of one, one end for all, never a wait without an end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from fake_runner import request, run, tokens_of
+from tiny import tiny_checkpoint
+
+from gqa_serve.config import EngineConfig
+from gqa_serve.engine.core import Engine
+from gqa_serve.engine.distributed.replica import OtherRanks, ReplicaRunner, load_runner
+from gqa_serve.engine.model_runner import ModelRunner
+from gqa_serve.errors import ConfigError, RanksLostError
+
+SETTINGS: dict[str, Any] = {
+    "model": "tiny",
+    "device": "cpu",
+    "backend": "reference",
+    "kv_cache_memory": 1 << 20,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 16,
+    "seed": 0,
+    "threads": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint("llama", tmp_path_factory.mktemp("tiny"))
+
+
+def ranks_of_this_process() -> list[psutil.Process]:
+    """Those that live, without what other tests have left."""
+    return [
+        child
+        for child in psutil.Process().children()
+        if child.status() != psutil.STATUS_ZOMBIE
+        and any("distributed.rank" in argument for argument in child.cmdline())
+    ]
+
+
+@pytest.fixture
+def runner(tiny: Path) -> Iterator[ReplicaRunner]:
+    config = EngineConfig(**SETTINGS, tensor_parallel_size=2)
+    made = load_runner(tiny, config)
+    assert isinstance(made, ReplicaRunner)
+    yield made
+    made.close()
+    assert ranks_of_this_process() == []
+
+
+def generated(engine: Engine) -> dict[str, list[int]]:
+    shared = [(7 * i) % 60 + 3 for i in range(19)]
+    for name, prompt in (("a", shared), ("b", [*shared[:17], 5]), ("c", [9])):
+        engine.add(request(name, prompt, max_tokens=6, logprobs=2, seed=3, temperature=0.5))
+    return {name: tokens_of(parts) for name, parts in run(engine).items()}
+
+
+def test_two_processes_generate_what_one_does(tiny: Path, runner: ReplicaRunner) -> None:
+    config = EngineConfig(**SETTINGS)
+    alone = ModelRunner(tiny, config)
+    assert generated(Engine(runner, config)) == generated(Engine(alone, config))
+    assert runner.info.num_heads == alone.info.num_heads
+    assert runner.info.vocab_size == alone.info.vocab_size
+    assert runner.info.kv_bytes_per_token == alone.info.kv_bytes_per_token
+    assert runner.info.num_blocks == 2 * alone.info.num_blocks  # each has that memory, for half the heads
+    assert alone.info.weight_bytes < runner.info.weight_bytes < 1.1 * alone.info.weight_bytes  # norms, twice
+
+
+def test_a_rank_that_dies_ends_the_replica(runner: ReplicaRunner) -> None:
+    engine = Engine(runner, EngineConfig(**SETTINGS))
+    engine.add(request("a", [5, 6, 7], max_tokens=200))
+    assert engine.step()
+    (rank,) = ranks_of_this_process()
+    rank.send_signal(signal.SIGKILL)
+    with pytest.raises(RanksLostError, match=rf"rank 1 \(process {rank.pid}\) ended with status -9"):
+        run(engine)
+    assert ranks_of_this_process() == []
+    with pytest.raises(RanksLostError):
+        engine.step()
+
+
+def test_what_fails_here_in_a_step_ends_the_replica(
+    runner: ReplicaRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(runner, EngineConfig(**SETTINGS))
+
+    def fail(*args: object) -> None:
+        raise MemoryError("planted")
+
+    monkeypatch.setattr(runner._local, "execute", fail)
+    engine.add(request("a", [5, 6, 7], max_tokens=2))
+    with pytest.raises(RanksLostError, match=r"first rank failed \(MemoryError: planted\)"):
+        engine.step()
+    assert ranks_of_this_process() == []
+
+
+def test_a_process_that_does_not_notice_is_told(tiny: Path) -> None:
+    """As one that waits in a library which never gives up."""
+    told = threading.Event()
+    reasons = []
+
+    def note(reason: str) -> None:
+        reasons.append(reason)
+        told.set()
+
+    made = load_runner(tiny, EngineConfig(**SETTINGS, tensor_parallel_size=2), on_loss=note)
+    assert isinstance(made, ReplicaRunner)
+    (rank,) = ranks_of_this_process()
+    rank.send_signal(signal.SIGKILL)
+    assert told.wait(60)
+    assert "ended with status -9" in reasons[0]
+    made.close()
+
+
+def test_a_rank_that_cannot_start_is_an_error(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OtherRanks, "command", [sys.executable, "-c", "raise SystemExit(3)"])
+    with pytest.raises(RanksLostError, match="ended with status 3"):
+        load_runner(tiny, EngineConfig(**SETTINGS, tensor_parallel_size=3))
+    assert ranks_of_this_process() == []
+
+
+def test_a_rank_that_cannot_load_says_why(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fault = (
+        "import sys; from gqa_serve.engine.distributed import rank; from gqa_serve.errors import ModelError\n"
+        "def fail(*args, **more): raise ModelError('The disk of this rank is gone.')\n"
+        "rank.%s = fail; sys.exit(rank.main(int(sys.argv[1]), int(sys.argv[2])))"
+    )
+    for step in ("choose_device", "ModelRunner"):  # before and after the ranks have met
+        monkeypatch.setattr(OtherRanks, "command", [sys.executable, "-c", fault % step])
+        with pytest.raises(RanksLostError, match="The disk of this rank is gone"):
+            load_runner(tiny, EngineConfig(**SETTINGS, tensor_parallel_size=2))
+        assert ranks_of_this_process() == []
+
+
+def test_the_model_must_have_as_many_heads(tmp_path: Path) -> None:
+    path = tiny_checkpoint("llama", tmp_path)
+    with pytest.raises(ConfigError, match="4 query heads can be divided over 1 to 4 ranks, not 5"):
+        load_runner(path, EngineConfig(**SETTINGS, tensor_parallel_size=5))
+    assert ranks_of_this_process() == []
+
+
+def test_tools_that_load_a_model_alone_refuse(tiny: Path) -> None:
+    with pytest.raises(ConfigError, match="--tensor-parallel-size is for"):
+        ModelRunner(tiny, EngineConfig(**SETTINGS, tensor_parallel_size=2))
+
+
+def test_ranks_end_with_the_process_that_started_them(tiny: Path) -> None:
+    """However it ends."""
+    read, write = os.pipe()
+    child = os.posix_spawn(
+        sys.executable,
+        [
+            sys.executable,
+            "-c",
+            "import os, sys, time\n"
+            "from pathlib import Path\n"
+            "from gqa_serve.config import EngineConfig\n"
+            "from gqa_serve.engine.distributed.replica import load_runner\n"
+            "runner = load_runner(Path(sys.argv[1]), EngineConfig(model='tiny', device='cpu', "
+            "backend='reference', kv_cache_memory=1 << 20, threads=1, tensor_parallel_size=2))\n"
+            "os.write(1, b'x')\n"
+            "time.sleep(600)\n",
+            str(tiny),
+        ],
+        os.environ,
+        file_actions=[(os.POSIX_SPAWN_DUP2, write, 1), (os.POSIX_SPAWN_CLOSE, read)],
+    )
+    os.close(write)
+    try:
+        assert os.read(read, 1) == b"x"
+        (rank,) = psutil.Process(child).children()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(read)
+    _, alive = psutil.wait_procs([rank], timeout=60)
+    assert alive == []
