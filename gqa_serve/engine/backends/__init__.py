@@ -25,7 +25,10 @@ logger = logging.getLogger(__name__)
 _OLDEST_GPU = (8, 0)  # bfloat16 on tensor cores
 _OLDEST_FP8_GPU = (8, 9)
 EXTENSION = "gqa_serve.engine.kernels.cpu._native"
-_CURE = "if it was not built, install gqa-serve again where there is a C++20 compiler (g++ 12 or clang++)"
+_CURE = (
+    "if it was not built, install gqa-serve again where there is a C++20 compiler (g++ 12 or clang++), on "
+    "Linux on x86-64 or aarch64"
+)
 _QUANTIZED = ("int8", "int4")  # of --quantization
 NOT_NATIVE_KV = ("float16", "fp8")  # of --kv-cache-dtype: what the native backend does not serve
 
