@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import openai
@@ -21,10 +21,13 @@ START_S = 180
 class RunningServer:
     """A gqa-serve process and what it prints."""
 
-    def __init__(self, *flags: str) -> None:
-        command = [sys.executable, "-m", "gqa_serve.cli", *flags]
+    def __init__(self, *flags: str, command: Sequence[str] = (sys.executable, "-m", "gqa_serve.cli")) -> None:
         self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+            [*command, *flags],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
         )
         self.lines: list[str] = []
         self._arrived: queue.Queue[str] = queue.Queue()
