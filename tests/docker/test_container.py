@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from deployed import server_settings
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
@@ -101,6 +103,15 @@ def test_the_two_images_are_built_alike() -> None:
     assert len(runs) == 4
     ignored = [(DOCKER / f"{name}.dockerignore").read_text() for name in DOCKERFILES]
     assert ignored[0] == ignored[1]
+
+
+def test_what_the_documents_tell_to_run_is_what_the_server_takes() -> None:
+    texts = [(DOCKER / name).read_text() for name in DOCKERFILES]
+    texts.append((DOCKER.parent / "docs" / "containers.md").read_text())
+    joined = re.sub(r"\s*\\\n\s*", " ", "\n".join(texts))
+    flags = re.findall(r"docker run .* gqa-serve:(?:cpu|cuda) (--.*)", joined)
+    assert len(flags) == 5
+    assert all(server_settings(shlex.split(words), {})[0].model for words in flags)
 
 
 @pytest.mark.parametrize("dockerfile", DOCKERFILES)
