@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,14 +24,18 @@ RAISE, DIE, SLOW, HANG, LARGE, TOO_LARGE = 100, 101, 102, 103, 104, 105
 
 class FaultyRunner(model_runner.ModelRunner):
     def __init__(
-        self, path: Path, config: EngineConfig, on_tensor: model_runner.OnTensor | None = None
+        self,
+        path: Path,
+        config: EngineConfig,
+        on_tensor: model_runner.OnTensor | None = None,
+        **options: Any,
     ) -> None:
         fault = path / "FAULT"
         if fault.exists() and fault.read_text() == "die":
             os._exit(9)
         if fault.exists() and fault.read_text() == "raise":
             raise KeyError("planted")
-        super().__init__(path, config, on_tensor)
+        super().__init__(path, config, on_tensor, **options)
 
     def execute(self, plan: StepPlan, previous: torch.Tensor | None = None) -> torch.Tensor:
         # Of prompts only: the model chooses any token.
