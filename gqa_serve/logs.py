@@ -16,7 +16,7 @@ from typing import Any
 
 from gqa_serve.unblocked import unblocked
 
-_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
+_FORMAT = "%(asctime)s %(levelname)-7s %(name)s{}: %(message)s"
 _LOST = "%d messages could not be written here."
 # Libraries whose own chatter at "info" says nothing an operator needs.
 _QUIET = ("httpx2", "httpcore2", "huggingface_hub", "uvicorn", "asyncio", "sse_starlette", "filelock")
@@ -25,9 +25,9 @@ _QUIET = ("httpx2", "httpcore2", "huggingface_hub", "uvicorn", "asyncio", "sse_s
 class JsonFormatter(logging.Formatter):
     """A record as one JSON object: time, level, logger, process, message, its fields, its exception."""
 
-    def __init__(self, process: str) -> None:
+    def __init__(self, process: str, replica: int | None = None) -> None:
         super().__init__()
-        self._process = process
+        self._process = {"process": process} | ({} if replica is None else {"replica": replica})
 
     def format(self, record: logging.LogRecord) -> str:
         """One line."""
@@ -36,7 +36,7 @@ class JsonFormatter(logging.Formatter):
             "time": moment.isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "process": self._process,
+            **self._process,
             "pid": os.getpid(),
             "message": _message(record),
         }
@@ -55,12 +55,19 @@ def _message(record: logging.LogRecord) -> str:
         return f"{record.msg} {record.args!r}"
 
 
-def configure_logging(level: str, log_format: str = "text", *, process: str = "api") -> None:
+def configure_logging(
+    level: str, log_format: str = "text", *, process: str = "api", replica: int | None = None
+) -> None:
     """Log this package at `level` and others from "warning" on ("debug" opens them up too).
 
-    `log_format` is "text" or "json"; `process` says which of the two processes this is.
+    `log_format` is "text" or "json"; `process` says which of the two processes this is, `replica` which
+    engine, if there are several.
     """
-    formatter = JsonFormatter(process) if log_format == "json" else logging.Formatter(_FORMAT)
+    formatter: logging.Formatter
+    if log_format == "json":
+        formatter = JsonFormatter(process, replica)
+    else:
+        formatter = logging.Formatter(_FORMAT.format("" if replica is None else f" [replica {replica}]"))
 
     def tell_lost(count: int) -> str:
         values = {"name": __name__, "levelno": logging.WARNING, "levelname": "WARNING"}

@@ -69,7 +69,7 @@ class Admission:
         missing = len(self._held) + num_requests - self._max_requests
         if missing > 0:
             raise QueueFullError(
-                f"The server is computing or holding {len(self._held)} of at most {self._max_requests} "
+                f"The engine is computing or holding {len(self._held)} of at most {self._max_requests} "
                 "requests; try again later.",
                 retry_after_s=self._ends.seconds_for(missing),
             )

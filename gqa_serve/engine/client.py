@@ -31,6 +31,7 @@ import msgspec
 from gqa_serve.config import EngineConfig, engine_environment
 from gqa_serve.engine.admission import Admission
 from gqa_serve.engine.metrics import EngineSnapshot, StepStats
+from gqa_serve.engine.placement import ALONE, Placement
 from gqa_serve.engine.profiling import Profiles
 from gqa_serve.engine.request import EngineRequest, FinishReason, ModelInfo, TokenOutput
 from gqa_serve.engine.token_stream import TokenStream
@@ -89,6 +90,7 @@ class AsyncEngine:
         log_level: str = "info",
         log_format: str = "text",
         on_load: Callable[[int, int], None] | None = None,
+        placement: Placement = ALONE,
     ) -> None:
         self.state: State = "loading"
         self.model_info: ModelInfo | None = None
@@ -97,6 +99,9 @@ class AsyncEngine:
         self._log_level = log_level
         self._log_format = log_format
         self._on_load = on_load
+        self._placement = placement
+        self._of = f" of replica {placement.replica}" if placement.num_replicas > 1 else ""
+        self.name = f"The engine process{self._of}"
         self.on_step: Callable[[StepStats], None] = _ignore
         """Called with what each step of the engine did."""
         self.num_restarts = 0
@@ -115,6 +120,11 @@ class AsyncEngine:
         self._last_step = StepStats()
         self._death = _DIED
         """What is said to the requests of a process that is gone."""
+
+    @property
+    def replicas(self) -> tuple[AsyncEngine]:
+        """The engines there are: this one; see `EngineReplicas`."""
+        return (self,)
 
     @property
     def num_requests(self) -> int:
@@ -291,7 +301,8 @@ class AsyncEngine:
         except BaseException:
             ours.close()
             raise
-        self._send(Start(str(self._path), self._config, self._log_level, self._log_format))
+        path, place = str(self._path), self._placement
+        self._send(Start(path, self._config, self._log_level, self._log_format, place))
         return reader
 
     async def _load(self, reader: asyncio.StreamReader) -> None:
@@ -332,13 +343,15 @@ class AsyncEngine:
                 if time.monotonic() - started > _HEALTHY_AFTER_S:
                     backoff = _FIRST_BACKOFF_S
                 # A request that kills its engine is mostly among the newest.
-                logger.error("The engine process ended (status %s) %s; starting another.", status, held)
+                logger.error("%s ended (status %s) %s; starting another.", self.name, status, held)
                 reader, backoff = await self._restart(backoff)
                 if self.state == "restarting":
                     self.state = "ready"
-                    logger.info("The engine is ready again.")
+                    logger.info("The engine%s is ready again.", self._of)
         except Exception:
-            logger.exception("The engine's supervisor failed; no requests can be taken until a restart.")
+            logger.exception(
+                "The supervisor of the engine%s failed; it takes no requests until a restart.", self._of
+            )
             self.state = "failed"
             self._end_streams("error", "The server can no longer reach its engine.")
 
@@ -354,7 +367,9 @@ class AsyncEngine:
                 return reader, backoff
             except (ModelError, OSError) as error:
                 await self._reap()
-                logger.error("The engine could not be restarted: %s Next try in %.1f s.", error, backoff)
+                logger.error(
+                    "The engine%s could not be restarted: %s Next try in %.1f s.", self._of, error, backoff
+                )
 
     async def _deliver(self, reader: asyncio.StreamReader) -> None:
         """Hand outputs to their streams until the process's end of the socket closes."""

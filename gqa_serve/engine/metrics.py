@@ -87,6 +87,8 @@ class RequestSnapshot(msgspec.Struct):
     num_cached_tokens: int
     num_blocks: int
     priority: int = 0
+    replica: int = 0
+    """Which of several engines holds it; `EngineReplicas` fills it in."""
 
 
 class BlockState:

@@ -108,7 +108,9 @@ def main(fd: int) -> int:
         start = next(channel.receive(wait=True))
         if not isinstance(start, Start):
             raise msgspec.ValidationError(f"expected Start, got {type(start).__name__}")
-        configure_logging(start.log_level, start.log_format, process="engine")
+        place = start.placement
+        replica = place.replica if place.num_replicas > 1 else None
+        configure_logging(start.log_level, start.log_format, process="engine", replica=replica)
         try:
             engine = load_engine(start, channel)
         except (GqaServeError, MemoryError) as error:

@@ -9,8 +9,19 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
+from typing import Protocol
 
 from gqa_serve.engine.request import TokenOutput
+
+
+class Ticket(Protocol):
+    """Whoever keeps an account of requests under way."""
+
+    def answered(self) -> None:
+        """The first output came."""
+
+    def ended(self) -> None:
+        """It is over."""
 
 
 class TokenStream:
@@ -23,10 +34,12 @@ class TokenStream:
     def __init__(self, request_id: str, on_end: Callable[[str, bool], None]) -> None:
         self.timer: asyncio.TimerHandle | None = None
         """Ends it, with all that was submitted together with it, unless one of them is computed in time."""
+        self.ticket: Ticket | None = None
         self._request_id = request_id
         self._on_end = on_end
         self._outputs: deque[TokenOutput] = deque()
         self._arrived = asyncio.Event()
+        self._answered = False
         self._ended = False
         self._error: Exception | None = None
 
@@ -59,6 +72,10 @@ class TokenStream:
     def put(self, output: TokenOutput) -> None:
         """An output came."""
         self._outputs.append(output)
+        if not self._answered:
+            self._answered = True
+            if self.ticket is not None:
+                self.ticket.answered()
         if output.finish_reason is not None:
             self._end(tell=False)
         self._arrived.set()
@@ -68,6 +85,8 @@ class TokenStream:
             self._ended = True
             self._arrived.set()
             self._on_end(self._request_id, tell)
+            if self.ticket is not None:
+                self.ticket.ended()
 
 
 def _merge(first: TokenOutput, then: TokenOutput) -> TokenOutput:

@@ -22,6 +22,10 @@ class Watched(Protocol):
     """The engine, as its watchdog sees it."""
 
     @property
+    def name(self) -> str:
+        """What the log calls its process, as the subject of a sentence."""
+
+    @property
     def owes_answer(self) -> bool:
         """Whether it would say something if it were well."""
 
@@ -66,15 +70,17 @@ class Watchdog:
         if self._silent_s >= timeout / 2 and not self._has_warned:
             self._has_warned = True
             logger.warning(
-                "The engine process has given no sign of life for %.0f s %s. If its steps take that long, "
-                "raise --engine-timeout (%g s) or lower --max-num-batched-tokens.",
+                "%s has given no sign of life for %.0f s %s. If its steps take that long, raise "
+                "--engine-timeout (%g s) or lower --max-num-batched-tokens.",
+                engine.name,
                 self._silent_s,
                 engine.doing,
                 timeout,
             )
         if self._silent_s >= engine.patience_s:
             logger.error(
-                "The engine process has given no sign of life for %.0f s %s. Killing it.",
+                "%s has given no sign of life for %.0f s %s. Killing it.",
+                engine.name,
                 self._silent_s,
                 engine.doing,
             )

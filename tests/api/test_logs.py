@@ -176,6 +176,16 @@ def test_text_as_ever(restored: None, capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().err.endswith("INFO    gqa_serve.test: a line\n")
 
 
+def test_one_of_several_engines_names_its_replica(restored: None, capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging("info", process="engine", replica=1)
+    logging.getLogger("gqa_serve.test").info("a line")
+    assert capsys.readouterr().err.endswith("INFO    gqa_serve.test [replica 1]: a line\n")
+    configure_logging("info", "json", process="engine", replica=0)
+    logging.getLogger("gqa_serve.test").info("a line")
+    line = json.loads(capsys.readouterr().err)
+    assert (line["process"], line["replica"], line["message"]) == ("engine", 0, "a line")
+
+
 def test_debug_shows_no_answers(restored: None) -> None:
     configure_logging("debug")
     assert not logging.getLogger("sse_starlette.sse").isEnabledFor(logging.DEBUG)

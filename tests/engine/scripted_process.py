@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from gqa_serve.engine.channel import Channel, Closed
-from gqa_serve.engine.metrics import EngineSnapshot, StepStats
+from gqa_serve.engine.metrics import BlockState, EngineSnapshot, RequestSnapshot, RequestState, StepStats
 from gqa_serve.engine.request import EngineRequest, ModelInfo, TokenLogprobs, TokenOutput
 from gqa_serve.engine.wire import Abort, Add, Begun, Inspect, Outputs, Ready, Snapshot, Start, Stop
 
@@ -41,6 +41,16 @@ INFO = ModelInfo(
 ENTRY = TokenLogprobs(0, -1.0, 1, [(token, -1.0) for token in range(20)])
 
 
+def snapshot_of(held: dict[str, EngineRequest]) -> EngineSnapshot:
+    """A block for each request; those that are never begun wait."""
+    requests = []
+    for name, request in held.items():
+        state: RequestState = "waiting" if request.prompt[0] == WAIT else "running"
+        requests.append(RequestSnapshot(name, state, 0.0, len(request.prompt), 0, 0, 0, 1))
+    blocks = bytes([BlockState.ACTIVE] * len(held))
+    return EngineSnapshot(blocks.ljust(INFO.num_blocks, b"\0"), requests)
+
+
 def main(fd: int) -> int:
     channel = Channel(socket.socket(fileno=fd))
     start = next(channel.receive(wait=True))
@@ -57,7 +67,7 @@ def main(fd: int) -> int:
             elif isinstance(message, Abort):
                 held.pop(message.request_id, None)
             elif isinstance(message, Inspect):
-                channel.send(Snapshot(message.ask_id, EngineSnapshot(b"", [])))
+                channel.send(Snapshot(message.ask_id, snapshot_of(held)))
             elif isinstance(message, Stop):
                 return 0
         running = [request for request in held.values() if request.prompt[0] != WAIT]
