@@ -16,11 +16,12 @@ ROOT = Path(gqa_serve.__file__).parent
 NO_TORCH = [
     "block_pool", "kv_manager", "scheduler", "request", "wire", "client", "process", "model_config",
     "admission", "channel", "endings", "metrics", "out_of_memory", "stock", "token_stream", "watchdog",
-    "constraints", "constrained", "structured", "grammars",
+    "constraints", "constrained", "structured", "grammars", "replicas", "routing", "placement",
 ]  # fmt: skip
 NO_TEXT = [
     "core", "scheduler", "sampler", "kv_manager", "block_pool", "batch", "model_runner", "process",
     "constraints", "constrained", "endings", "hidden_rows", "stock", "channel",
+    "replicas", "routing",
 ]  # fmt: skip
 TEXT = {"tokenizer", "detokenizer", "chat_template", "stop_strings", "chat_messages", "gguf_tokenizer"}
 

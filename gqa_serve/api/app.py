@@ -65,7 +65,8 @@ def create_app(
     )
     end_id = end_of_turn(tokenizer, chat_template)
     metrics = Metrics(engine)
-    engine.on_step = metrics.step
+    for replica, meter in zip(engine.replicas, metrics.meters, strict=True):
+        replica.on_step = meter.step
     if limits is not None:
         limits.on_refusal = metrics.refused
     context = ServingContext(

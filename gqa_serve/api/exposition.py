@@ -1,14 +1,15 @@
 """What `/metrics` says beyond what was counted: how things stand at this moment, and under which names.
 
-Owns the gauges, which are read when somebody asks, and the label that every sample gets. Knows the engine by
-its state and sizes, and both processes by what the system says of them. Invariant: reading changes nothing,
-and may happen in another thread than the event loop's.
+Owns the gauges, which are read when somebody asks, and the label that every sample gets. Knows engines by
+their states and sizes, and all processes by what the system says of them. What there is once for each engine
+has the label `replica` if there are several. Invariant: reading changes nothing, and may happen in another
+thread than the event loop's.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from typing import Protocol
 
 import psutil
@@ -45,7 +46,7 @@ _MODEL_FACTS = (
 
 
 class WatchedEngine(Protocol):
-    """What is read of the engine."""
+    """What is read of an engine."""
 
     @property
     def state(self) -> str: ...
@@ -60,10 +61,18 @@ class WatchedEngine(Protocol):
     def pid(self) -> int | None: ...
 
 
+class Meter(Protocol):
+    """What is read of an `EngineMeter`."""
+
+    engine: WatchedEngine
+
+    @property
+    def last_step(self) -> StepStats: ...
+
+
 class Standing(Protocol):
     """What is read of `Metrics`."""
 
-    engine: WatchedEngine
     num_exchanges: int
     num_streams: int
     connections: Sized
@@ -71,7 +80,10 @@ class Standing(Protocol):
     num_tokens: dict[str, int]
 
     @property
-    def last_step(self) -> StepStats: ...
+    def meters(self) -> Sequence[Meter]: ...
+
+    @property
+    def model_info(self) -> ModelInfo | None: ...
 
 
 class Moment(Collector):
@@ -83,10 +95,10 @@ class Moment(Collector):
     def collect(self) -> Iterator[Metric]:
         """Every gauge, and the counters that are kept as plain numbers."""
         yield from self._http()
-        yield from self._engine()
+        yield from self._engines()
         yield from self._tokens()
         yield from self._facts()
-        yield from _processes({"api": os.getpid(), "engine": self._standing.engine.pid})
+        yield from self._processes()
 
     def _http(self) -> Iterator[Metric]:
         standing = self._standing
@@ -96,21 +108,17 @@ class Moment(Collector):
         yield _gauge("open_connections", "Connections of clients.", len(standing.connections))
         yield _counters("refusals", "Requests refused, by reason.", "reason", standing.refusals)
 
-    def _engine(self) -> Iterator[Metric]:
-        stats, engine = self._standing.last_step, self._standing.engine
-        total = 0 if engine.model_info is None else engine.model_info.num_blocks
-        active = total - stats.num_free_blocks
-        yield _gauge("num_requests_running", "Requests being computed.", stats.num_running)
-        yield _gauge("num_requests_waiting", "Requests waiting to be computed.", stats.num_waiting)
-        yield _gauge("num_waiting_tokens", "Prompt tokens of waiting requests.", stats.num_waiting_tokens)
-        yield _gauge("kv_cache_usage_perc", "Part of the KV blocks in use, 0 to 1.", active / max(1, total))
-        free = stats.num_free_blocks - stats.num_cached_blocks
-        blocks = {"active": active, "cached": stats.num_cached_blocks, "free": free}
-        yield _gauges("kv_blocks", "KV blocks, by what they hold.", "state", blocks)
-        states = {state: int(state == engine.state) for state in STATES}
-        yield _gauges("engine_state", "1 for the state the engine is in.", "state", states)
-        restarts = engine.num_restarts
-        yield _counter("engine_restarts", "Engine processes started because one had died.", restarts)
+    def _engines(self) -> Iterator[Metric]:
+        meters = self._standing.meters
+        found = [_standing_of(meter) for meter in meters]
+        for name, documentation in _ENGINE_GAUGES.items():
+            yield _each(name, documentation, [numbers[name] for numbers in found])
+        yield _each_by("kv_blocks", "KV blocks, by what they hold.", "state", list(map(_blocks_of, meters)))
+        states = [{state: int(state == meter.engine.state) for state in STATES} for meter in meters]
+        yield _each_by("engine_state", "1 for the state the engine is in.", "state", states)
+        restarts = [meter.engine.num_restarts for meter in meters]
+        told = "Engine processes started because one had died."
+        yield _each("engine_restarts", told, restarts, CounterMetricFamily)
 
     def _tokens(self) -> Iterator[Metric]:
         tokens = self._standing.num_tokens
@@ -119,7 +127,7 @@ class Moment(Collector):
 
     def _facts(self) -> Iterator[Metric]:
         yield _info("build_info", "Always 1; what runs.", {"version": __version__})
-        info = self._standing.engine.model_info
+        info = self._standing.model_info
         if info is None:
             return
         facts = {name: str(getattr(info, name)) for name in _MODEL_FACTS}
@@ -127,28 +135,86 @@ class Moment(Collector):
         yield _gauge("kv_bytes_per_token", "Memory for K and V of one token.", info.kv_bytes_per_token)
         saved = info.kv_bytes_per_token * info.num_heads // info.num_kv_heads
         yield _gauge("kv_bytes_per_token_mha", "The same if each query head had a KV head.", saved)
-        yield _gauge("weight_bytes", "Memory for the weights.", info.weight_bytes)
+
+    def _processes(self) -> Iterator[Metric]:
+        meters = self._standing.meters
+        pids = [(("api", ""), os.getpid())]  # a label that is empty is none to Prometheus
+        pids += [
+            (("engine", str(number)), meter.engine.pid)
+            for number, meter in enumerate(meters)
+            if meter.engine.pid is not None
+        ]
+        names = ["process", "replica"] if len(meters) > 1 else ["process"]
+        memory = GaugeMetricFamily(
+            PREFIX + "process_resident_memory_bytes", "Resident memory, of each process.", labels=names
+        )
+        cpu = CounterMetricFamily(
+            PREFIX + "process_cpu_seconds", "CPU time used, by each process.", labels=names
+        )
+        for labels, pid in pids:
+            try:
+                process = psutil.Process(pid)
+                times = process.cpu_times()
+                memory.add_metric(labels[: len(names)], process.memory_info().rss)
+                cpu.add_metric(labels[: len(names)], times.user + times.system)
+            except psutil.Error:  # it ended just now
+                continue
+        yield memory
+        yield cpu
 
 
-def _processes(pids: Mapping[str, int | None]) -> Iterator[Metric]:
-    memory = GaugeMetricFamily(
-        PREFIX + "process_resident_memory_bytes", "Resident memory, of each process.", labels=["process"]
-    )
-    cpu = CounterMetricFamily(
-        PREFIX + "process_cpu_seconds", "CPU time used, by each process.", labels=["process"]
-    )
-    for name, pid in pids.items():
-        if pid is None:
-            continue
-        try:
-            process = psutil.Process(pid)
-            times = process.cpu_times()
-            memory.add_metric([name], process.memory_info().rss)
-            cpu.add_metric([name], times.user + times.system)
-        except psutil.Error:  # it ended just now
-            continue
-    yield memory
-    yield cpu
+_ENGINE_GAUGES = {
+    "num_requests_running": "Requests being computed.",
+    "num_requests_waiting": "Requests waiting to be computed.",
+    "num_waiting_tokens": "Prompt tokens of waiting requests.",
+    "kv_cache_usage_perc": "Part of the KV blocks in use, 0 to 1.",
+    "weight_bytes": "Memory for the weights.",
+}
+
+
+def _standing_of(meter: Meter) -> dict[str, float]:
+    """Values of `_ENGINE_GAUGES`."""
+    stats, info = meter.last_step, meter.engine.model_info
+    num_blocks = 0 if info is None else info.num_blocks
+    return {
+        "num_requests_running": stats.num_running,
+        "num_requests_waiting": stats.num_waiting,
+        "num_waiting_tokens": stats.num_waiting_tokens,
+        "kv_cache_usage_perc": (num_blocks - stats.num_free_blocks) / max(1, num_blocks),
+        "weight_bytes": 0 if info is None else info.weight_bytes,
+    }
+
+
+def _blocks_of(meter: Meter) -> dict[str, float]:
+    stats, info = meter.last_step, meter.engine.model_info
+    num_blocks = 0 if info is None else info.num_blocks
+    free, cached = stats.num_free_blocks, stats.num_cached_blocks
+    return {"active": num_blocks - free, "cached": cached, "free": free - cached}
+
+
+Family = Callable[..., GaugeMetricFamily | CounterMetricFamily]
+
+
+def _each(
+    name: str, documentation: str, values: Sequence[float], family: Family = GaugeMetricFamily
+) -> Metric:
+    """A sample for each engine; one alone has no label."""
+    if len(values) == 1:
+        return family(PREFIX + name, documentation, value=values[0])
+    made = family(PREFIX + name, documentation, labels=["replica"])
+    for number, value in enumerate(values):
+        made.add_metric([str(number)], value)
+    return made
+
+
+def _each_by(name: str, documentation: str, label: str, values: Sequence[Mapping[str, float]]) -> Metric:
+    """Samples by a label of theirs for each engine."""
+    several = len(values) > 1
+    made = GaugeMetricFamily(PREFIX + name, documentation, labels=["replica", label] if several else [label])
+    for number, samples in enumerate(values):
+        for key, value in samples.items():
+            made.add_metric([str(number), key] if several else [key], value)
+    return made
 
 
 def _gauge(name: str, documentation: str, value: float) -> Metric:
@@ -157,13 +223,6 @@ def _gauge(name: str, documentation: str, value: float) -> Metric:
 
 def _counter(name: str, documentation: str, value: float) -> Metric:
     return CounterMetricFamily(PREFIX + name, documentation, value=value)
-
-
-def _gauges(name: str, documentation: str, label: str, values: Mapping[str, float]) -> Metric:
-    family = GaugeMetricFamily(PREFIX + name, documentation, labels=[label])
-    for key, value in values.items():
-        family.add_metric([key], value)
-    return family
 
 
 def _counters(name: str, documentation: str, label: str, values: Mapping[str, float]) -> Metric:

@@ -3,26 +3,25 @@
 Owns every metric's name, meaning and buckets (docs/observability.md lists them; a test compares). Is told
 what happens by the rest of the API process; knows neither HTTP nor how anything is computed. Names that
 vLLM's dashboards use mean the same here, with our prefix. A *request* of these metrics is what the engine
-computes: one choice of one prompt. Invariants: everything is told on the event loop's thread; no label holds
-what a client wrote; gauges say how things stand, so they are 0 when nothing is under way, also when the
-engine process has died.
+computes: one choice of one prompt. What steps add is in `engine_meter.py`. Invariants: everything is told on
+the event loop's thread; no label holds what a client wrote; gauges say how things stand, so they are 0 when
+nothing is under way, also when the engine process has died.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence, Sized
+from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter
 
+from gqa_serve.api.engine_meter import EngineFamilies, EngineMeter
 from gqa_serve.api.exposition import PREFIX, TOKEN_KINDS, Moment, WatchedEngine
 from gqa_serve.api.histograms import Histogram, Series, steps_1_2_5
 from gqa_serve.api.loop_lag import LoopLag
 from gqa_serve.api.text_stream import Choice
-from gqa_serve.engine.metrics import StepStats
-from gqa_serve.engine.request import FinishReason
+from gqa_serve.engine.request import FinishReason, ModelInfo
 
-PHASES = ("prefill", "decode", "mixed")
-PARTS = ("schedule", "forward", "sample", "other")
 FINISHED: tuple[FinishReason, ...] = ("stop", "length", "abort", "error")
 
 _SECONDS = steps_1_2_5(0.001, 1000)
@@ -30,33 +29,43 @@ _SHORT_SECONDS = steps_1_2_5(0.0001, 20)
 _TOKENS = steps_1_2_5(1, 200_000)
 
 
+class WatchedEngines(Protocol):
+    """What is read of the engines as a whole."""
+
+    @property
+    def replicas(self) -> Sequence[WatchedEngine]: ...
+
+    @property
+    def model_info(self) -> ModelInfo | None: ...
+
+
 class Metrics:
     """Told what happens; `exposition` says it all."""
 
-    def __init__(self, engine: WatchedEngine) -> None:
-        self.engine = engine
+    def __init__(self, engine: WatchedEngines) -> None:
+        self._engine = engine
         self.registry = CollectorRegistry(auto_describe=False)
-        self._last_step: StepStats | None = None
-        self._restarts_at_last_step = 0
         self._requests()
-        self._engine_steps()
+        replicas = engine.replicas
+        families = EngineFamilies(self.registry, len(replicas))
+        self.meters = [
+            EngineMeter(replica, families, number, self.num_tokens) for number, replica in enumerate(replicas)
+        ]
         self._http()
         self.registry.register(Moment(self))
+
+    @property
+    def model_info(self) -> ModelInfo | None:
+        """The loaded model."""
+        return self._engine.model_info
 
     def _counter(self, name: str, documentation: str, labels: Sequence[str] = ()) -> Counter:
         return Counter(PREFIX + name, documentation, labels, registry=self.registry)
 
-    def _histogram(
-        self,
-        name: str,
-        documentation: str,
-        bounds: Sequence[float],
-        labels: Sequence[str] = (),
-        values: Sequence[tuple[str, ...]] = ((),),
-    ) -> Histogram:
-        histogram = Histogram(PREFIX + name, documentation, bounds, labels=labels, values=values)
+    def _histogram(self, name: str, documentation: str, bounds: Sequence[float]) -> Series:
+        histogram = Histogram(PREFIX + name, documentation, bounds)
         self.registry.register(histogram)
-        return histogram
+        return histogram.series()
 
     # --- requests ------------------------------------------------------------------------------------------
 
@@ -79,17 +88,17 @@ class Metrics:
         self._prefill = seconds("request_prefill_time", "From first being computed to the first token.")
         self._decode = seconds("request_decode_time", "From the first token to the last.")
         sizes = self._histogram
-        self._prompts = sizes("request_prompt_tokens", "Prompt tokens of a request.", _TOKENS).series()
-        self._outputs = sizes("request_generation_tokens", "Tokens generated in a request.", _TOKENS).series()
-        self._max_tokens = sizes("request_params_max_tokens", "What max_tokens was.", _TOKENS).series()
-        self._n = sizes("request_params_n", "What n was.", (1, 2, 5, 10, 20, 50)).series()
+        self._prompts = sizes("request_prompt_tokens", "Prompt tokens of a request.", _TOKENS)
+        self._outputs = sizes("request_generation_tokens", "Tokens generated in a request.", _TOKENS)
+        self._max_tokens = sizes("request_params_max_tokens", "What max_tokens was.", _TOKENS)
+        self._n = sizes("request_params_n", "What n was.", (1, 2, 5, 10, 20, 50))
         self.refusals: dict[str, int] = {}
         self._aborted = self._counter(
             "aborts", "Accepted requests that ended early, by what ended them.", ["reason"]
         )
 
     def _seconds(self, name: str, documentation: str, bounds: Sequence[float] = _SECONDS) -> Series:
-        return self._histogram(name + "_seconds", documentation, bounds).series()
+        return self._histogram(name + "_seconds", documentation, bounds)
 
     def prompt_computed(self, num_tokens: int, num_cached: int) -> None:
         """A request's prompt has been computed; `num_cached` of its tokens were in the prefix cache."""
@@ -169,62 +178,3 @@ class Metrics:
         """It is answered, or its client left. `route` is a template, `method` one of the usual ones."""
         self.num_exchanges -= 1
         self._exchanges.labels(route, method, str(status)).inc()
-
-    # --- the engine ----------------------------------------------------------------------------------------
-
-    def _engine_steps(self) -> None:
-        self._queried = self._counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.")
-        self._hits = self._counter("prefix_cache_hits", "Prompt tokens found in the prefix cache.")
-        self._preemptions = self._counter("num_preemptions", "Requests that lost their KV blocks to others.")
-        self._discarded = self._counter(
-            "discarded_tokens", "Tokens computed for requests that had ended by then."
-        )
-        self._failed_steps = self._counter("failed_steps", "Engine steps that raised an exception.")
-        self._cuts = self._counter("step_cuts", "Times memory ran out in an engine step, which was cut up.")
-        self._iteration_tokens = self._histogram(
-            "iteration_tokens_total", "Tokens computed in one engine step.", _TOKENS[:14]
-        ).series()
-        steps = self._histogram(
-            "step_seconds",
-            "Time of one engine step, by what it computes and where the time goes.",
-            _SHORT_SECONDS,
-            ["phase", "part"],
-            [(phase, part) for phase in PHASES for part in PARTS],
-        )
-        self._step_parts = {phase: [steps.series(phase, part) for part in PARTS] for phase in PHASES}
-
-    def step(self, stats: StepStats) -> None:
-        """What one step of the engine did."""
-        self._last_step, self._restarts_at_last_step = stats, self.engine.num_restarts
-        for counter, count in (
-            (self._queried, stats.num_queried_tokens),
-            (self._hits, stats.num_hit_tokens),
-            (self._preemptions, stats.num_preemptions),
-            (self._discarded, stats.num_discarded_tokens),
-            (self._failed_steps, stats.num_failed_steps),
-            (self._cuts, stats.num_shrunk),
-        ):
-            if count:
-                counter.inc(count)
-        self.num_tokens["prompt_computed"] += stats.num_prompt_tokens
-        self.num_tokens["prompt_cached"] += stats.num_hit_tokens
-        phase = stats.phase
-        if phase == "idle":
-            return
-        self._iteration_tokens.observe(stats.num_prompt_tokens + stats.num_decode_tokens)
-        known = (stats.schedule_s, stats.forward_s, stats.sample_s)
-        for series, seconds in zip(
-            self._step_parts[phase], (*known, max(0.0, stats.step_s - sum(known))), strict=True
-        ):
-            series.observe(seconds)
-
-    @property
-    def last_step(self) -> StepStats:
-        """How the engine stood after its last step; an idle one if that engine process is gone."""
-        info, stats = self.engine.model_info, self._last_step
-        gone = self.engine.state not in ("ready", "stopping") or (
-            self._restarts_at_last_step != self.engine.num_restarts
-        )
-        if stats is None or gone:
-            return StepStats(num_free_blocks=0 if info is None else info.num_blocks)
-        return stats

@@ -30,10 +30,14 @@ _FROM_ELSEWHERE = (
 
 
 class ProfileRequest(msgspec.Struct, forbid_unknown_fields=True):
-    """What to record: so many steps that compute something, or those within `timeout_s` seconds."""
+    """What to record: so many steps that compute something, or those within `timeout_s` seconds.
+
+    `replica`: of which engine, with --data-parallel-size.
+    """
 
     num_steps: Annotated[int, msgspec.Meta(ge=1, le=MAX_STEPS)] = 10
     timeout_s: Annotated[float, msgspec.Meta(gt=0, le=MAX_TIMEOUT_S)] = 30.0
+    replica: Annotated[int, msgspec.Meta(ge=0)] = 0
 
 
 class NotAllowedError(RequestError):
@@ -62,7 +66,13 @@ class Profiler:
         if not self._has_keys:
             _check_local(request)
         fields, _ = await read_request(request, self._context.bodies, ProfileRequest)
-        profile = await unless_gone(request, self._context.engine.profile(fields.num_steps, fields.timeout_s))
+        replicas = self._context.engine.replicas
+        if fields.replica >= len(replicas):
+            raise RequestError(
+                f"replica must be less than {len(replicas)}, the number of engines.", param="replica"
+            )
+        recording = replicas[fields.replica].profile(fields.num_steps, fields.timeout_s)
+        profile = await unless_gone(request, recording)
         if not profile.num_steps:
             raise NoStepsError(
                 f"The engine computed nothing within {fields.timeout_s:g} s. Send requests while the profile "

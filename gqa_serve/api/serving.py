@@ -33,6 +33,7 @@ from gqa_serve.api.body_budget import BodyBudget
 from gqa_serve.api.chat_format import TEXT_ONLY, ChatFormat
 from gqa_serve.api.deadline import deadline_of
 from gqa_serve.api.errors import shorten
+from gqa_serve.api.exposition import WatchedEngine
 from gqa_serve.api.metrics import Metrics
 from gqa_serve.api.protocol import SamplingFields
 from gqa_serve.api.rate_limits import RateLimits
@@ -58,8 +59,19 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
+class ServingReplica(WatchedEngine, Protocol):
+    """What the API needs of each engine: with --data-parallel-size there are several."""
+
+    on_step: Callable[[StepStats], None]
+
+    async def profile(self, num_steps: int, timeout_s: float) -> Profiled: ...
+
+
 class ServingEngine(Protocol):
-    """What the API needs of `AsyncEngine`."""
+    """What the API needs of `AsyncEngine`, or of several as `EngineReplicas`."""
+
+    @property
+    def replicas(self) -> Sequence[ServingReplica]: ...
 
     @property
     def state(self) -> str: ...
@@ -70,19 +82,9 @@ class ServingEngine(Protocol):
     @property
     def num_requests(self) -> int: ...
 
-    @property
-    def num_restarts(self) -> int: ...
-
-    @property
-    def pid(self) -> int | None: ...
-
-    on_step: Callable[[StepStats], None]
-
     async def snapshot(self) -> EngineSnapshot: ...
 
     def check_room(self) -> None: ...
-
-    async def profile(self, num_steps: int, timeout_s: float) -> Profiled: ...
 
     def submit_all(self, requests: Sequence[EngineRequest]) -> Sequence[TokenStream]: ...
 

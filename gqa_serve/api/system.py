@@ -1,7 +1,7 @@
 """GET /health, /ping, /ready, /load, /version, /metrics and /v1/models: what the server is and how it fares.
 
-Owns the meaning of alive and ready. Knows the engine only by its state. Invariant: /health is 200 only while
-the engine can work (also while it finishes its last requests), /ready only while it takes new ones.
+Owns the meaning of alive and ready. Knows engines only by their states. Invariant: /health is 200 only while
+an engine can work (also while it finishes its last requests), /ready only while one takes new ones.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ _ALIVE = ("ready", "stopping")
 _PREFIXES = {"gqa_serve": PREFIX, "vllm": "vllm:"}
 
 
-class Status(msgspec.Struct):
-    """All is well; anything else is an error."""
+class Status(msgspec.Struct, omit_defaults=True):
+    """All is well; anything else is an error. `replicas`: the state of each engine, if there are several."""
 
     status: str
+    replicas: list[str] = []
 
 
 class ServerLoad(msgspec.Struct):
@@ -55,10 +56,12 @@ class System:
         return self._status(("ready",))
 
     def _status(self, good: tuple[str, ...]) -> Response:
-        state = self._context.engine.state
-        if state not in good:
-            raise EngineUnavailableError(f"The engine is {state}.")
-        return _json(Status("ok"))
+        engine = self._context.engine
+        states = [replica.state for replica in engine.replicas]
+        if engine.state not in good:
+            each = f" Replicas: {', '.join(states)}." if len(states) > 1 else ""
+            raise EngineUnavailableError(f"The engine is {engine.state}.{each}")
+        return _json(Status("ok", states if len(states) > 1 else []))
 
     async def load(self, request: Request) -> Response:
         """How many choices the engine computes or holds in its queue, as load balancers for vLLM read it."""

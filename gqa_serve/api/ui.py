@@ -35,7 +35,7 @@ MAX_REQUESTS = 256  # shown; all are counted
 
 
 class ModelFacts(msgspec.Struct):
-    """What of the loaded model decides how much fits into memory; see `ModelInfo`."""
+    """What of the loaded model decides how much fits into memory, of each engine's; see `ModelInfo`."""
 
     name: str
     architecture: str
@@ -75,10 +75,14 @@ class Picture(msgspec.Struct):
 
 
 class UiState(msgspec.Struct):
-    """Answer of GET /ui/state. No picture: the engine has none to give, and `engine`, its state, says why."""
+    """Answer of GET /ui/state. No picture: the engine has none to give, and `engine`, its state, says why.
+
+    `replicas` are the states of the engines, of which there may be several; the picture is of all of them.
+    """
 
     version: str
     engine: str
+    replicas: list[str]
     model: ModelFacts | None
     picture: Picture | None
     picture_age_s: float | None
@@ -121,6 +125,7 @@ class Ui:
         state = UiState(
             version=__version__,
             engine=context.engine.state,
+            replicas=[replica.state for replica in context.engine.replicas],
             model=_facts(context.engine.model_info, context.model_names),
             picture=None if taken is None else taken.picture,
             picture_age_s=None if taken is None else round(time.monotonic() - taken.at_s, 3),

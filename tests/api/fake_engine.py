@@ -198,6 +198,10 @@ class FakeEngine:
     def num_requests(self) -> int:
         return self.num_running
 
+    @property
+    def replicas(self) -> list[FakeEngine]:
+        return [self]
+
     def ends(self) -> list[str | None]:
         return [stream.end for stream in self.streams]
 
@@ -252,6 +256,29 @@ class FakeEngine:
             known = [fake_logprobs(token, params.prompt_logprobs) for token in request.prompt[1:]]
             output.prompt_logprobs = [None, *known]
         return output
+
+
+class FakeReplicas(FakeEngine):
+    """Three engines; the first computes everything."""
+
+    def __init__(self) -> None:
+        self.engines = [FakeEngine() for _ in range(3)]
+        super().__init__()
+
+    @property
+    def replicas(self) -> list[FakeEngine]:
+        return self.engines
+
+    @property
+    def model_info(self) -> ModelInfo | None:  # type: ignore[override]
+        return self.engines[0].model_info
+
+    @model_info.setter
+    def model_info(self, info: ModelInfo | None) -> None:
+        self.engines[0].model_info = info
+
+    def submit_all(self, requests: Sequence[EngineRequest]) -> list[FakeStream]:
+        return self.engines[0].submit_all(requests)
 
 
 def fake_logprobs(token: int, num_top: int) -> TokenLogprobs:

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from actions import ask, metrics, nameless, number, probe, until
 from demo_server import RunningServer
-from fake_engine import FakeEngine, Server, fake_info, wait_until
+from fake_engine import FakeEngine, FakeReplicas, Server, fake_info, serving, wait_until
 
 from gqa_serve.engine.metrics import BlockState, EngineSnapshot, RequestSnapshot, StepStats
 
@@ -209,3 +209,27 @@ def test_the_page_says_that_the_engine_restarts_and_recovers(server: Server, ope
     page.wait_for_selector("#connection[data-kind=ready]")
     state = page.evaluate("fetch('ui/state').then((reply) => reply.json())")
     assert msgspec.convert(state["engine"], str) == "ready"
+
+
+def test_several_engines_are_told_apart_and_added_up(open_page: Any) -> None:
+    engines = FakeReplicas()
+    for engine in engines.engines:
+        busy(engine)
+    requests = [RequestSnapshot(f"chatcmpl-{n}", "running", 1.0, 9, 1, 9, 0, 1, replica=n) for n in range(3)]
+    engines.picture = EngineSnapshot(bytes([ACTIVE] * 60 + [FREE] * 240), requests)
+    with serving(engines) as server:
+        page = open_page(server.url)
+        for number, engine in enumerate(engines.engines):  # once the server counts them
+            engine.on_step(StepStats(num_running=1, num_free_blocks=100 - 20 * number, num_requests=1))
+        dashboard(page)
+        until(page, "document.getElementById('tile-running').textContent === '3'")
+        assert page.locator("#tile-usage").inner_text() == "20.0 %", "of 300 blocks, 60"
+        assert legend(page) == {"free": 240, "cached": 0, "active": 60, "shared": 0}
+        assert page.locator("#requests thead th").last.inner_text() == "Replica"
+        assert page.locator("#requests tbody td:last-child").all_inner_texts() == ["0", "1", "2"]
+        assert "3, each with the weights and a KV cache" in page.locator("#facts").inner_text()
+        engines.engines[1].state = "restarting"
+        page.wait_for_selector("#trouble:not([hidden])")
+        assert page.locator("#trouble").inner_text() == (
+            "Of 3 engines, replica 1 is restarting; the others go on."
+        )

@@ -20,7 +20,7 @@ const P = "gqa_serve_";
 const TILES = [
   ["running", "Running", (reading) => number(reading.value(P + "num_requests_running"))],
   ["waiting", "Waiting", (reading) => number(reading.value(P + "num_requests_waiting"))],
-  ["usage", "KV cache in use", (reading) => share(reading.value(P + "kv_cache_usage_perc"))],
+  ["usage", "KV cache in use", (reading) => share(reading.mean(P + "kv_cache_usage_perc"))],
   ["hits", "Prefix cache hits", (reading) => share(reading.value(P + "prefix_cache_hits_total") / reading.value(P + "prefix_cache_queries_total"))],
   ["prompt", "Prompt tokens", (reading) => number(reading.value(P + "prompt_tokens_total"))],
   ["output", "Output tokens", (reading) => number(reading.value(P + "generation_tokens_total"))],
@@ -118,21 +118,22 @@ class Dashboard {
   }
 
   show(state, reading) {
+    const several = state.replicas.length > 1;
     this.trouble(said(state));
     TILES.forEach(([, , value], index) => setText(this.values[index], value(reading)));
     this.plot(reading);
     if (state.picture) {
       drawBlocks(state.picture.blocks, state.model.block_size);
-      drawRequests(state.picture);
+      drawRequests(state.picture, several);
     } else if (state.engine !== "ready") {
-      drawRequests(NOBODY);  // what it computed and held went with it
-      if (state.model) drawBlocks(empty(state.model.num_blocks), state.model.block_size);
+      drawRequests(NOBODY, several);  // what it computed and held went with it
+      if (state.model) drawBlocks(empty(state.model.num_blocks * state.replicas.length), state.model.block_size);
     }
     if (state.engine !== "ready") met(new ApiError(`The engine is ${state.engine}.`, { status: 503 }));
-    const model = JSON.stringify(state.model);
+    const model = JSON.stringify([state.model, state.replicas.length]);
     if (state.model && model !== this.model) {
       this.model = model;
-      byId("facts").replaceChildren(...factsView(state.model));
+      byId("facts").replaceChildren(...factsView(state.model, state.replicas.length));
     }
   }
 
@@ -157,6 +158,8 @@ function said(state) {
   if (state.engine === "restarting") return "The engine is being restarted; what it held is gone. This page goes on by itself.";
   if (state.engine !== "ready") return `The engine is ${state.engine}.`;
   if (!state.picture) return "The engine is busy with its first step.";
+  const gone = state.replicas.flatMap((one, index) => (one === "ready" ? [] : [`replica ${index} is ${one}`]));
+  if (gone.length) return `Of ${count(state.replicas.length)} engines, ${gone.join(", ")}; the others go on.`;
   if (state.picture_age_s > STALE_S) return `The engine is in a long step; blocks and requests are as of ${duration(state.picture_age_s)} ago.`;
   return "";
 }

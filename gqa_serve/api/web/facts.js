@@ -3,8 +3,8 @@
 
 import { bytes, count, el, svg } from "./dom.js";
 
-/** @param {object} model `ModelFacts` of /ui/state @returns {HTMLElement[]} */
-export function factsView(model) {
+/** @param {object} model `ModelFacts` of /ui/state @param {number} replicas engines @returns {HTMLElement[]} */
+export function factsView(model, replicas) {
   const group = model.num_heads / model.num_kv_heads;
   const tokens = model.num_blocks * model.block_size;
   const tokensMha = Math.floor(model.num_blocks / group) * model.block_size;
@@ -29,6 +29,7 @@ export function factsView(model) {
       ["Weights", `${bytes(model.weight_bytes)}, ${model.dtype}` + (model.quantization === "none" ? "" : `, ${model.quantization}`)],
       ["KV cache", `${count(model.num_blocks)} blocks of ${count(model.block_size)} tokens, ${model.kv_dtype}`],
       ["Computed by", `${model.backend} on ${model.device}, at most ${count(model.max_num_seqs)} requests at once`],
+      ...(replicas > 1 ? [["Engines", `${count(replicas)}, each with the weights and a KV cache as described here`]] : []),
     ].map(([name, text]) => el("div", {}, el("dt", {}, name), el("dd", {}, text)))),
   ];
 }

@@ -29,6 +29,12 @@ export class Reading {
     return samples.length ? samples.reduce((sum, sample) => sum + sample.value, 0) : null;
   }
 
+  /** The mean over all labels; null if there is no such metric. */
+  mean(name) {
+    const sum = this.value(name);
+    return sum === null ? null : sum / this.samples.get(name).length;
+  }
+
   /** Upper bounds and how many observations were at most that, over all labels. @param {string} name */
   buckets(name) {
     const sums = new Map();

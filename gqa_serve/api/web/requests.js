@@ -10,6 +10,7 @@ const COLUMNS = [
   ["Cached", (one) => count(one.num_cached_tokens)],
   ["Output", (one) => count(one.num_output_tokens)],
   ["Blocks", (one) => count(one.num_blocks)],
+  ["Replica", (one) => count(one.replica)],  // the last, which the style hides where there is one engine
 ];
 
 export function setUpRequests() {
@@ -19,8 +20,12 @@ export function setUpRequests() {
   );
 }
 
-/** @param {{requests: object[], num_running: number, num_waiting: number, num_preparing: number}} picture */
-export function drawRequests(picture) {
+/**
+ * @param {{requests: object[], num_running: number, num_waiting: number, num_preparing: number}} picture
+ * @param {boolean} several whether there is more than one engine
+ */
+export function drawRequests(picture, several) {
+  byId("requests").classList.toggle("one-engine", !several);
   const body = byId("requests").tBodies[0];
   const { requests } = picture;
   while (body.rows.length > requests.length) body.lastElementChild.remove();
