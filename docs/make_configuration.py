@@ -20,7 +20,9 @@ def tables() -> str:
             flag = flag_of(field.name)
             if field.type == "bool" and field.default is True:
                 flag = flag.replace("--", "--no-", 1)
-            shown = {None: "", True: "on", False: "off"}.get(field.default, field.default)
+            shown = "" if field.default is None else field.default
+            if isinstance(field.default, bool):
+                shown = "on" if field.default else "off"
             if field.metadata.get("parse") is parse_size and field.default is not None:
                 shown = f"{field.default // 2**20}MiB"
             if choices := field.metadata.get("choices"):

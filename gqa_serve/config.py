@@ -153,6 +153,12 @@ class ServerConfig:
 
     host: str = setting("127.0.0.1", "address to listen on", "server")
     port: int = setting(8000, "port to listen on; 0 picks a free one", "server", low=0, high=65535)
+    data_parallel_size: int = setting(
+        1,
+        "engines behind this server, each with the whole model; requests are spread over them",
+        "server",
+        low=1,
+    )
     served_model_name: tuple[str, ...] = setting(
         (), "name(s) clients use; default: the value of --model", "server", metavar="NAME"
     )

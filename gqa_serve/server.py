@@ -1,4 +1,4 @@
-"""`gqa-serve serve`: the API process. Binds, loads the engine, serves, drains.
+"""`gqa-serve serve`: the API process. Binds, loads the engine (or several), serves, drains.
 
 Owns the order of start and stop. The port answers (503) while the model loads, so that a supervisor sees a
 live process; a signal stops new requests, lets those under way finish, then ends the engine process.
@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 from collections.abc import Coroutine, Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -30,6 +31,7 @@ from gqa_serve.engine.chat_template import ChatTemplate
 from gqa_serve.engine.chat_template_files import load_chat_template
 from gqa_serve.engine.client import AsyncEngine
 from gqa_serve.engine.grammars import warm_up
+from gqa_serve.engine.replicas import EngineReplicas
 from gqa_serve.engine.request import ModelInfo
 from gqa_serve.engine.tokenizer import Tokenizer, load_tokenizer
 from gqa_serve.engine.weights.hub import resolve_model
@@ -38,6 +40,8 @@ from gqa_serve.malloc import limit_arenas
 from gqa_serve.progress import ProgressBar
 
 logger = logging.getLogger(__name__)
+
+Engines = AsyncEngine | EngineReplicas
 
 # Longer than proxies and clients keep an idle connection (60 s at most, as a rule): if it is the server that
 # closes it, a request that was just sent is lost.
@@ -63,17 +67,27 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig) -> None:
         template = load_chat_template(path, server_config.chat_template, tokenizer.special_texts)
         logger.info("Chat template: %s.", template.source_name)
         bar = ProgressBar("Loading weights")
-        engine = AsyncEngine(
-            path,
-            engine_config,
-            log_level=server_config.log_level,
-            log_format=server_config.log_format,
-            on_load=bar.update,
-        )
+        engine = _create_engines(path, engine_config, server_config, bar)
         try:
             _run(_serve(engine, tokenizer, template, server_config, listener))
         finally:
             bar.close()
+
+
+def _create_engines(path: Path, config: EngineConfig, server: ServerConfig, bar: ProgressBar) -> Engines:
+    """Not started yet. Where there is one engine, nothing stands between it and the API."""
+    if server.data_parallel_size == 1:
+        return AsyncEngine(
+            path, config, log_level=server.log_level, log_format=server.log_format, on_load=bar.update
+        )
+    return EngineReplicas(
+        path,
+        config,
+        server.data_parallel_size,
+        log_level=server.log_level,
+        log_format=server.log_format,
+        on_load=bar.update,
+    )
 
 
 def _run(main: Coroutine[Any, Any, None]) -> None:
@@ -114,7 +128,7 @@ class _Server(uvicorn.Server):
     """
 
     def __init__(
-        self, config: uvicorn.Config, engine: AsyncEngine, limits: ConnectionLimits, drain_timeout_s: float
+        self, config: uvicorn.Config, engine: Engines, limits: ConnectionLimits, drain_timeout_s: float
     ) -> None:
         super().__init__(config)
         self.signalled = asyncio.Event()
@@ -162,7 +176,7 @@ class _Server(uvicorn.Server):
 
 
 async def _serve(
-    engine: AsyncEngine,
+    engine: Engines,
     tokenizer: Tokenizer,
     template: ChatTemplate,
     config: ServerConfig,
@@ -202,7 +216,7 @@ async def _serve(
         await asyncio.wait({warming})
 
 
-async def _drain(server: _Server, engine: AsyncEngine, loading: asyncio.Task[None], timeout_s: float) -> None:
+async def _drain(server: _Server, engine: Engines, loading: asyncio.Task[None], timeout_s: float) -> None:
     """After the signal: wait for requests under way, at most `timeout_s`, then end the rest and the engine.
 
     What is ended here still reaches its clients: the server closes their connections later.
@@ -229,7 +243,7 @@ def _announce(info: ModelInfo | None, listener: socket.socket, config: ServerCon
     shown = f"[{host}]" if ":" in host else host
     logger.info(
         "%s (%s): %d query heads over %d KV heads; %s weights; %s KV cache of %d tokens (%.1f GiB); "
-        "context %d; %s backend on %s%s.",
+        "context %d; %s backend on %s%s%s.",
         name,
         info.architecture,
         info.num_heads,
@@ -242,6 +256,7 @@ def _announce(info: ModelInfo | None, listener: socket.socket, config: ServerCon
         info.backend,
         info.device,
         f" with {info.instruction_set}" if info.instruction_set else "",
+        f"; {config.data_parallel_size} such engines" if config.data_parallel_size > 1 else "",
     )
     body = f'{{"model": "{name}", "temperature": 0, "messages": [{{"role": "user", "content": "Hello!"}}]}}'
     key = ' -H "Authorization: Bearer $API_KEY"' if config.api_key or config.api_key_file else ""
