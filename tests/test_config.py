@@ -64,7 +64,7 @@ def test_every_field_is_a_flag_a_variable_and_a_line(tmp_path: Path) -> None:
         "max_waiting_tokens": "8", "queue_timeout": "2.5", "engine_timeout": "11", "request_timeout": "12",
         "read_timeout": "3", "send_timeout": "4", "max_connections": "13", "key_max_requests": "2",
         "key_tokens_per_minute": "14", "allowed_hosts": "a.example", "ui": "false", "open_metrics": "true",
-        "data_parallel_size": "2",
+        "data_parallel_size": "2", "tensor_parallel_size": "3",
         "otlp_endpoint": "http://127.0.0.1:1", "log_format": "json", "log_prompts": "true",
     }  # fmt: skip
     by_env = load(environ={f"GQA_SERVE_{name.upper()}": value for name, value in values.items()})

@@ -87,7 +87,9 @@ def main(fd: int, lifeline: int) -> int:
     join = orders.next()
     if not isinstance(join, Join):
         return 0
-    configure_logging(join.log_level, join.log_format, process=f"rank {join.placement.rank}")
+    place = join.placement
+    replica = place.replica if place.num_replicas > 1 else None
+    configure_logging(join.log_level, join.log_format, process=f"rank {place.rank}", replica=replica)
 
     def say(report: Report) -> None:
         sock.sendall(framed(report))
