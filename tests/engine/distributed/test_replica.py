@@ -16,6 +16,7 @@ from fake_runner import request, run, tokens_of
 from tiny import tiny_checkpoint
 
 from gqa_serve.config import EngineConfig
+from gqa_serve.engine.backends import native_is_built
 from gqa_serve.engine.core import Engine
 from gqa_serve.engine.distributed.replica import OtherRanks, ReplicaRunner, load_runner
 from gqa_serve.engine.model_runner import ModelRunner
@@ -74,6 +75,26 @@ def test_two_processes_generate_what_one_does(tiny: Path, runner: ReplicaRunner)
     assert runner.info.kv_bytes_per_token == alone.info.kv_bytes_per_token
     assert runner.info.num_blocks == 2 * alone.info.num_blocks  # each has that memory, for half the heads
     assert alone.info.weight_bytes < runner.info.weight_bytes < 1.1 * alone.info.weight_bytes  # norms, twice
+
+
+@pytest.mark.skipif(not native_is_built(), reason="the native kernels are not built")
+def test_company_changes_no_bit(tiny: Path) -> None:
+    config = EngineConfig(**{**SETTINGS, "backend": "native"}, tensor_parallel_size=2, prefix_caching=False)
+    made = load_runner(tiny, config)
+    assert isinstance(made, ReplicaRunner)
+
+    def numbers(names: str) -> list[tuple[int, str]]:
+        engine = Engine(made, config)
+        for name in names:
+            prompt = [(7 * i) % 60 + 3 for i in range(ord(name) % 40)]
+            engine.add(request(name, prompt, max_tokens=8, logprobs=2))
+        parts = run(engine)["g"]
+        return [(e.token_id, e.logprob.hex()) for part in parts for e in part.logprobs or []]
+
+    alone = numbers("g")
+    assert len(alone) == 8
+    assert numbers("abgc") == alone
+    made.close()
 
 
 def test_a_rank_that_dies_ends_the_replica(runner: ReplicaRunner) -> None:
