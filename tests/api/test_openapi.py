@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import json
@@ -18,7 +19,7 @@ from fake_engine import MODEL, FakeEngine, Server, fake_tokenizer, serving
 from test_api_raw import CHAT, HI, TEXT, chat, complete, get, post, send
 
 import gqa_serve
-from gqa_serve.api.app import routes
+from gqa_serve.api.app import create_app, routes
 from gqa_serve.api.metrics import Metrics
 from gqa_serve.api.openapi import document as openapi
 from gqa_serve.api.openapi.operations import operations
@@ -33,6 +34,22 @@ def description(server: Server) -> dict[str, Any]:
     assert reply.headers["content-type"] == "application/json"
     value: dict[str, Any] = json.loads(reply.body)
     return value
+
+
+def test_it_says_under_which_prefix_the_server_is_found() -> None:
+    app = create_app(FakeEngine(), fake_tokenizer(), ChatTemplate(""), ServerConfig())
+
+    async def servers(root_path: str) -> list[dict[str, str]]:
+        transport = httpx2.ASGITransport(app, root_path=root_path)  # as a server does that has one
+        async with httpx2.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            found: list[dict[str, str]] = (await client.get(f"{root_path}/openapi.json")).json()["servers"]
+            return found
+
+    assert asyncio.run(servers("")) == [{"url": "/"}]
+    assert asyncio.run(servers("/llm")) == [{"url": "/llm"}]
+    with serving(FakeEngine(), root_path="/llm") as prefixed:
+        reply = send(prefixed, get("/llm/openapi.json"))
+        assert json.loads(reply.body)["servers"] == [{"url": "/llm"}]
 
 
 def test_routes_and_operations_are_the_same(server: Server) -> None:

@@ -37,7 +37,7 @@ class Docs:
         names = self._context.model_names
         value = document(
             self._operations,
-            root_path=self._context.config.root_path,
+            root_path=request.scope.get("root_path", ""),
             secured=self._secured,
             model=names[0] if names else None,
         )
