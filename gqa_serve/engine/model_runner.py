@@ -91,6 +91,10 @@ class ModelRunner:
         if config.max_model_len is not None:
             self.config = self.config.with_max_model_len(config.max_model_len)
         self.device = choose_device(config.device, placement=self.placement)
+        if self.device.type == "cuda" and self.device.index is not None:
+            torch.cuda.set_device(
+                self.device
+            )  # Triton launches on the current device, whatever tensors are on
         self.backend = _make_backend(config, self.config, self.device, self.placement)
         loaded = 0
 
