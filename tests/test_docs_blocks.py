@@ -1,9 +1,9 @@
 """Every block of commands in README.md and docs/ is run by a test, here or elsewhere, or says what it needs.
 
-The convention is document_blocks.py's. What runs here runs as a reader would have it: in a shell that stops at
-the first failure, in a directory of its own, with `gqa-serve` on the path; the configs of
-tests/workbench/configs lie there under their names, and a server of the demo model stands for the one on port
-8000.
+The convention is document_blocks.py's. What runs here runs as a reader would have it: in a shell that stops
+at the first failure, in a directory of its own, with `gqa-serve` on the path; the configs of
+tests/workbench/configs lie there under their names, and a server of the demo model stands for the one on
+port 8000.
 """
 
 from __future__ import annotations
