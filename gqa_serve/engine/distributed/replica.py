@@ -97,6 +97,7 @@ class ReplicaRunner:
         device = choose_device(config.device, placement=placement)
         self._others = OtherRanks(on_loss)
         self._finalizer = weakref.finalize(self, self._others.close)
+        adopt_loopback()  # of this process, and so of those that it starts
         with self._others.needed("load the model"):
             with tempfile.TemporaryDirectory(prefix="gqa-serve-") as folder:
                 meeting = Path(folder) / "ranks"
@@ -104,7 +105,6 @@ class ReplicaRunner:
                     place = msgspec.structs.replace(placement, rank=rank)
                     self._others.start(Join(config, place, str(meeting), *log))
                 self._others.wait_for_all()
-                adopt_loopback()
                 group = RankGroup(meeting, 0, placement.num_ranks, device, exact=config.deterministic)
             self._others.group = group
             self._others.tell(Load(str(path)))
@@ -227,11 +227,11 @@ class OtherRanks:
         """While ranks act together: what fails leaves them out of step, and raises RanksLostError."""
         try:
             yield
-        except GqaServeError:
+        except (GqaServeError, KeyboardInterrupt):
             self.close()
             raise
         except Exception as error:
-            self._lost.wait(_GRACE_S)  # if this failed because a rank has died, that is the reason to tell
+            self._lost.wait(_GRACE_S)  # if it is because a rank has died, that is the reason to tell
             self.close()
             reason = self._loss or f"The first rank failed ({type(error).__name__}: {error})."
             raise RanksLostError(f"The tensor-parallel ranks could not {purpose}. {reason}") from error

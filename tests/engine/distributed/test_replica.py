@@ -17,6 +17,7 @@ from tiny import tiny_checkpoint
 
 from gqa_serve.config import EngineConfig
 from gqa_serve.engine.backends import native_is_built
+from gqa_serve.engine.batch import PlanRow, StepPlan
 from gqa_serve.engine.core import Engine
 from gqa_serve.engine.distributed.replica import OtherRanks, ReplicaRunner, load_runner
 from gqa_serve.engine.model_runner import ModelRunner
@@ -108,6 +109,31 @@ def test_a_rank_that_dies_ends_the_replica(runner: ReplicaRunner) -> None:
     assert ranks_of_this_process() == []
     with pytest.raises(RanksLostError):
         engine.step()
+
+
+def test_ranks_talk_by_loopback_alone(runner: ReplicaRunner) -> None:
+    (rank,) = ranks_of_this_process()
+    found = [connection for process in (rank, psutil.Process()) for connection in process.net_connections()]
+    assert len(found) >= 2
+    assert {connection.laddr.ip for connection in found} == {"127.0.0.1"}
+
+
+def test_an_interrupt_in_a_step_ends_the_replica(
+    runner: ReplicaRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who goes on afterwards must not go on with ranks that are out of step."""
+    engine = Engine(runner, EngineConfig(**SETTINGS))
+
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner._local, "execute", interrupt)
+    engine.add(request("a", [5, 6, 7], max_tokens=2))
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    assert ranks_of_this_process() == []
+    with pytest.raises(RanksLostError):
+        runner.execute(StepPlan([PlanRow([5], 0, [0], 1)]))
 
 
 def test_what_fails_here_in_a_step_ends_the_replica(
