@@ -100,6 +100,13 @@ def test_each_rank_holds_its_part_alone(four_ranks: RankPool, tmp_path: Path) ->
     assert sum(blocks) == 2 * whole.backend.block_bytes(whole.config, 16)
 
 
+def test_tokens_that_only_the_first_rank_has_reach_all(pool: RankPool, tmp_path: Path) -> None:
+    (unknown, known), *_ = pool.run(rank_tasks.two_steps, tiny_checkpoint("llama", tmp_path))
+    assert known.shape == (2, 128)
+    assert np.array_equal(unknown, known)
+    assert not np.allclose(known[0], known[1])
+
+
 def test_a_sum_does_not_depend_on_how_many_rows_it_has(four_ranks: RankPool) -> None:
     few = four_ranks.run(rank_tasks.sums, 1, 7)
     many = four_ranks.run(rank_tasks.sums, 64, 7)
