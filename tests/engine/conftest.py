@@ -40,3 +40,28 @@ def device_calls_without_searching() -> Iterator[None]:
     function.__call__ = call
     yield
     function.__call__ = searching
+
+
+@pytest.fixture
+def ordered_dot() -> Iterator[None]:
+    """`tl.dot` as a GPU computes it, where a row's sums do not depend on where in the tile it stands.
+
+    The interpreter's is numpy's product, whose BLAS may add up the rows at a tile's edge in another order.
+    """
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    def numbers(x: Any, dtype: Any) -> Any:
+        data = x.data
+        if x.dtype.primitive_bitwidth == 8 and x.dtype.is_floating():
+            data = interpreter._convert_float(data, x.dtype, tl.float16, None).view(np.float16)
+        return data.astype(dtype)
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
+        products = numbers(a, d.data.dtype)[..., None] * numbers(b, d.data.dtype)[..., None, :, :]  # M, K, N
+        return interpreter.TensorHandle(np.add.reduce(products, axis=-2) + d.data, d.dtype.scalar)
+
+    with pytest.MonkeyPatch.context() as patch:  # of its own: tests undo theirs
+        patch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+        yield

@@ -161,6 +161,7 @@ def test_what_is_compiled_before_the_first_request(llama: Path, monkeypatch: pyt
     assert not any(tensor.any() for tensor in (*runner.cache.k, *runner.cache.v))
 
 
+@pytest.mark.usefixtures("ordered_dot")
 def test_deterministic_bytes_do_not_depend_on_chunks_and_neighbours(
     gemma: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

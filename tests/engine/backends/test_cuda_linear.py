@@ -150,6 +150,7 @@ def test_parts_that_differ_are_multiplied_apart() -> None:
     torch.testing.assert_close(layer(x), apart, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("ordered_dot")
 @pytest.mark.parametrize("quantization", ["none", "int8", "int4", "fp8"])
 def test_deterministic_layers_do_not_see_the_other_rows(quantization: str) -> None:
     made = weights(quantization, torch.float16, deterministic=True)

@@ -58,7 +58,7 @@ class Program:
     def add_rotary(self, *_: Any) -> int:
         return 0
 
-    def embed(self, table: Any, out: int, scale: float) -> None:
+    def embed(self, table: Any, out: int, scale: float, first: int, vocabulary: int) -> None:
         self.calls.append(("embed", {out}))
 
     def rms_norm(self, x: int, weight: int, n: int, out: int, eps: float) -> None:

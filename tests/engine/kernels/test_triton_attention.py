@@ -146,6 +146,7 @@ def test_a_window_does_not_read_outside_itself() -> None:
     assert torch.equal(attend(case, q, scores, exact=False, twin=False), expected)
 
 
+@pytest.mark.usefixtures("ordered_dot")
 @pytest.mark.parametrize("window", [None, 90])
 @pytest.mark.parametrize("group", [3, 20])
 def test_exact_chunks_have_the_bytes_of_decoding(group: int, window: int | None) -> None:
@@ -163,6 +164,7 @@ def test_exact_chunks_have_the_bytes_of_decoding(group: int, window: int | None)
         assert torch.equal(part, expected[begin:end])
 
 
+@pytest.mark.usefixtures("ordered_dot")
 def test_neighbours_do_not_change_a_byte() -> None:
     lens = [(300, 1), (17, 1), (90, 30), (600, 1)]
     scores = Scores(0.3, None, None)

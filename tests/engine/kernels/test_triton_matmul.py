@@ -63,6 +63,7 @@ def test_scales_multiply_rows_and_columns() -> None:
     torch.testing.assert_close(out, twin, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.usefixtures("ordered_dot")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_row_does_not_depend_on_the_others(dtype: torch.dtype) -> None:
     x, weight = operands(67, 33, 200, dtype)

@@ -105,6 +105,7 @@ def test_split_inputs_add_up(rows: int, bits: int, group: int, extra: str) -> No
     assert torch.equal(out, again)
 
 
+@pytest.mark.usefixtures("ordered_dot")
 @pytest.mark.parametrize(("bits", "group", "extra"), [(8, 0, ""), (4, 32, "minimum"), (4, 128, "zero")])
 def test_a_row_does_not_depend_on_the_others_when_deterministic(bits: int, group: int, extra: str) -> None:
     n, k = 33, 264
