@@ -24,8 +24,7 @@ from gqa_serve.errors import ConfigError
 Range = tuple[int, int]
 """From the first up to, but without, the second."""
 
-_UNITS = (128, 64, 32, 16, 8)  # inner columns: groups and tiles of kernels and quantized formats
-_VOCABULARY_UNIT = 64
+_UNITS = (128, 64, 32, 16, 8)  # of tiles in kernels and of groups in quantized formats
 
 
 @dataclass(frozen=True)
@@ -75,22 +74,20 @@ class Shard:
 
     @cached_property
     def inner(self) -> Range:
-        """Columns of the MLP's inner width; even where that is possible, else in whole units of kernels."""
-        width, ranks = self.whole.intermediate_size, self.ranks
-        even = [unit for unit in _UNITS if width % (unit * ranks) == 0]
-        whole = [unit for unit in _UNITS if width % unit == 0 and width // unit >= ranks]
-        unit = (even or whole or [1])[0]
-        first, end = _part(width // unit, ranks, self.rank)
-        return first * unit, end * unit
+        """Columns of the MLP's inner width."""
+        return self._cut(self.whole.intermediate_size)
 
     @cached_property
     def vocabulary(self) -> Range:
         """Entries of the embedding and of the output head."""
-        size, unit = self.whole.vocab_size, _VOCABULARY_UNIT
-        if -(-size // unit) < self.ranks:
-            unit = 1
-        first, end = _part(-(-size // unit), self.ranks, self.rank)
-        return first * unit, min(end * unit, size)
+        return self._cut(self.whole.vocab_size)
+
+    def _cut(self, size: int) -> Range:
+        """This rank's part: as large as the others' where that is possible, and in whole units of kernels."""
+        even = [unit for unit in _UNITS if size % (unit * self.ranks) == 0]
+        whole = [unit for unit in _UNITS if size % unit == 0 and size // unit >= self.ranks]
+        unit = (even or whole or [1])[0]
+        return _times(_part(size // unit, self.ranks, self.rank), unit)
 
     @cached_property
     def local(self) -> ModelConfig:

@@ -67,6 +67,12 @@ def test_biases_are_added_once(pool: RankPool, tmp_path: Path) -> None:
     check(pool, path, "reference")
 
 
+@pytest.mark.parametrize("backend", ["reference", pytest.param("native", marks=needs_native)])
+def test_a_vocabulary_that_does_not_divide(backend: str, pool: RankPool, tmp_path: Path) -> None:
+    path = tiny_checkpoint("gemma2", tmp_path, vocab_size=131)  # tied, soft caps
+    check(pool, path, backend)
+
+
 @pytest.mark.parametrize("family", ["gemma3", "olmo2"])
 def test_interpreted_kernels(family: str, two_ranks: RankPool, tmp_path: Path) -> None:
     path = tiny_checkpoint(family, tmp_path, num_hidden_layers=1, layer_types=["full_attention"])
