@@ -190,9 +190,12 @@ class EngineReplicas:
     async def snapshot(self) -> EngineSnapshot:
         """All of them as one: blocks one engine after the other, requests by their states, the oldest first.
 
-        Blocks of an engine that cannot answer are shown as free. Raises EngineUnavailableError if none can.
+        Blocks of an engine that cannot answer are shown as free. Raises EngineUnavailableError if none can,
+        and before all have loaded: until then nobody knows the model, or how many blocks the others have.
         """
-        found = await asyncio.gather(*map(_snapshot_of, self.replicas))
+        found: list[EngineSnapshot | None] = []
+        if self._phase in ("ready", "stopping"):
+            found = await asyncio.gather(*map(_snapshot_of, self.replicas))
         if not any(found):
             raise EngineUnavailableError(f"The engine is {self.state}; try again in a moment.")
         blocks, requests = bytearray(), []

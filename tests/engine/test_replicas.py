@@ -302,18 +302,30 @@ async def test_one_that_cannot_load_ends_the_start_and_the_others() -> None:
 
 
 @in_loop
-async def test_while_one_still_loads_nothing_is_taken() -> None:
+async def test_while_one_still_loads_nothing_is_taken_or_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_module, "_EXIT_TIMEOUT_S", 0.1)
+    (tmp_path / "FAULT").touch()  # its load does not end
     engines = scripted()
+    engines.replicas[1]._path = tmp_path
     assert (engines.state, engines.model_info) == ("loading", None)
     starting = asyncio.create_task(engines.start())
-    await eventually(lambda: engines.replicas[0].state == "ready" or starting.done())
-    if not starting.done():
-        assert engines.state == "loading"
+    await eventually(lambda: engines.replicas[0].state == "ready" and engines.replicas[1].pid is not None)
+    processes = [psutil.Process(engine.pid) for engine in engines.replicas]
+    assert (engines.state, engines.model_info) == ("loading", None)
+    engines.check_room()
+    for refused in (engines.submit_all, lambda requests: engines.replicas[1].submit_all(requests)):
         with pytest.raises(EngineUnavailableError, match="loading"):
-            submit(engines, "r", [OK])
-    await starting
-    assert engines.model_info is not None
+            refused([request("r", [OK])])
+    with pytest.raises(EngineUnavailableError, match="loading"):
+        await engines.snapshot()
+    starting.cancel()  # as a signal does
+    await asyncio.wait({starting})
+    assert starting.cancelled()
+    assert not any(process.is_running() for process in processes)
     await engines.stop()
+    assert engines.state == "stopping"
 
 
 @in_loop
