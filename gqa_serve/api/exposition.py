@@ -140,9 +140,9 @@ class Moment(Collector):
         meters = self._standing.meters
         pids = [(("api", ""), os.getpid())]  # a label that is empty is none to Prometheus
         pids += [
-            (("engine", str(number)), meter.engine.pid)
+            (("engine", str(number)), pid)
             for number, meter in enumerate(meters)
-            if meter.engine.pid is not None
+            if (pid := meter.engine.pid) is not None  # asked once: in another thread it may end meanwhile
         ]
         names = ["process", "replica"] if len(meters) > 1 else ["process"]
         memory = GaugeMetricFamily(

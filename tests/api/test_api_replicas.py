@@ -13,6 +13,7 @@ from fake_engine import FakeEngine, FakeReplicas, Server, fake_info, serving
 from scraped import Scraped, scrape
 from test_api_raw import chat
 
+from gqa_serve.api.metrics import Metrics
 from gqa_serve.engine.metrics import EngineSnapshot, RequestSnapshot, StepStats
 from gqa_serve.engine.wire import Profiled
 
@@ -101,6 +102,29 @@ def test_every_engine_process_is_watched(server: Server, engines: FakeReplicas) 
         (("process", "engine"), ("replica", "0")),
         (("process", "engine"), ("replica", "2")),
     }
+
+
+def test_an_engine_that_ends_while_it_is_asked_for_is_not_taken_for_the_api() -> None:
+    class Ending(FakeEngine):
+        asked = 0
+
+        @property
+        def pid(self) -> int | None:  # type: ignore[override]
+            self.asked += 1
+            return os.getpid() if self.asked == 1 else None
+
+        @pid.setter
+        def pid(self, pid: int | None) -> None:
+            pass
+
+    engine = Ending()
+    (family,) = (
+        family
+        for family in Metrics(engine).registry.collect()
+        if family.name.endswith("process_resident_memory_bytes")
+    )
+    assert [sample.labels["process"] for sample in family.samples] == ["api", "engine"]
+    assert engine.asked == 1
 
 
 def test_requests_are_counted_once_for_all(server: Server) -> None:
