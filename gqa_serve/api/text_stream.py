@@ -2,8 +2,9 @@
 
 Owns the life of a generation: one pump task per choice feeds tokens through its `TextAssembler` and drops
 text events into a shared buffer; the consumer takes whatever is there, so a slow client gets fewer, larger
-events instead of a growing backlog of small ones. Knows nothing of HTTP or JSON. Invariant: normal end, stop
-string, disconnect and exception all end in `abort`, which is idempotent and frees the engine's blocks.
+events instead of a growing backlog of small ones. Knows nothing of HTTP or JSON. Invariants: normal end, stop
+string, disconnect and exception all end in `abort`, which is idempotent and frees the engine's blocks; what
+is handed on at once is bounded, however much has piled up.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from gqa_serve.engine.request import EngineRequest, TokenLogprobs, TokenOutput
 from gqa_serve.errors import EngineStepError, EngineUnavailableError, RequestError
 
 MAX_UNMERGED = 64  # events of each choice that wait as they came, one for each step
+MAX_MERGED_TOKENS = 256
+"""Merged events have no more tokens: with all logprobs, so many are hundreds of kilobytes of JSON, and while
+they are spelled nobody else's stream goes on."""
 
 
 class TokenStream(Protocol):
@@ -70,6 +74,22 @@ def merge_events(events: Sequence[TextEvent]) -> TextEvent:
         stop_reason=last.stop_reason,
         stop_logprobs=last.stop_logprobs,
     )
+
+
+def merge_up(events: Sequence[TextEvent]) -> list[TextEvent]:
+    """Consecutive events of one choice as few, none of which was made larger than MAX_MERGED_TOKENS."""
+    merged: list[TextEvent] = []
+    group: list[TextEvent] = []
+    num_tokens = 0
+    for event in events:
+        if group and num_tokens + len(event.token_ids) > MAX_MERGED_TOKENS:
+            merged.append(merge_events(group))
+            group, num_tokens = [], 0
+        group.append(event)
+        num_tokens += len(event.token_ids)
+    if group:
+        merged.append(merge_events(group))
+    return merged
 
 
 class Counter(Protocol):
@@ -141,6 +161,7 @@ class Generation:
         """Set by whoever ends it early, in a word for the metrics."""
         self._meter = meter
         self._buffer: list[TextEvent] = []
+        self._num_unmerged = 0  # events in it that are as they came
         self._error: Exception | None = None
         self._wakeup = asyncio.Event()
         self._open = len(self.choices)
@@ -160,8 +181,10 @@ class Generation:
                 event = self._event(choice, output, is_first)
                 is_first = False
                 self._buffer.append(event)
-                if len(self._buffer) >= MAX_UNMERGED * len(self.choices):
-                    self._buffer = self._take()  # whoever reads slowly costs no more than the answer itself
+                self._num_unmerged += 1
+                if self._num_unmerged >= MAX_UNMERGED * len(self.choices):
+                    # Whoever reads slowly costs no more than the answer itself.
+                    self._buffer = [event for events in self._take().values() for event in events]
                 self._wakeup.set()
                 if event.finish_reason is not None:
                     return
@@ -225,20 +248,28 @@ class Generation:
             raise self._error
 
     async def batches(self) -> AsyncIterator[list[TextEvent]]:
-        """What has arrived since the last batch, one event per choice. Raises what the engine raised."""
+        """What has arrived since the last batch, one event per choice; what has piled up, in several batches.
+
+        Raises what the engine raised.
+        """
         while self._open:
             await self._wakeup.wait()
             self._wakeup.clear()
-            events = self._take()
-            self._open -= sum(event.finish_reason is not None for event in events)
-            if events:
+            taken = list(self._take().values())
+            for number in range(max(map(len, taken), default=0)):
+                if number:
+                    await asyncio.sleep(0)  # others go on, and a client that is gone ends this here
+                events = [of_choice[number] for of_choice in taken if number < len(of_choice)]
+                self._open -= sum(event.finish_reason is not None for event in events)
                 yield events
             if self._error is not None:
                 raise self._error
 
-    def _take(self) -> list[TextEvent]:
+    def _take(self) -> dict[int, list[TextEvent]]:
+        """Everything in the buffer, merged, by choice."""
         arrived, self._buffer = self._buffer, []
-        return [merge_events(events) for events in _by_choice(arrived).values()]
+        self._num_unmerged = 0
+        return {index: merge_up(events) for index, events in _by_choice(arrived).items()}
 
     async def collect(self) -> list[TextEvent]:
         """Every choice, complete, in order of index. Raises what the engine raised."""

@@ -33,6 +33,7 @@ from gqa_serve.engine.wire import Profiled
 from gqa_serve.errors import EngineUnavailableError, QueueFullError
 
 MODEL = "fake/model"
+PATIENCE_S = 90.0  # for what takes no time to speak of where nothing else is computed
 IM_START, IM_END = 256, 257
 VOCAB_SIZE = 258
 MAX_MODEL_LEN = 512
@@ -307,7 +308,7 @@ class Server:
         return httpx2.post(self.url + path, json=body, verify=False)
 
     def connect(self) -> socket.socket:
-        return socket.create_connection((self.host, self.port), timeout=20)
+        return socket.create_connection((self.host, self.port), timeout=PATIENCE_S)
 
 
 @contextmanager
@@ -345,13 +346,13 @@ def serving(
     finally:
         engine.release.set()
         server.should_exit = True
-        thread.join(20)
+        thread.join(PATIENCE_S)
         listener.close()
         if thread.is_alive():
             raise RuntimeError("the server did not stop")
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+def wait_until(condition: Callable[[], bool], timeout_s: float = PATIENCE_S) -> None:
     """Returns when `condition` holds; fails the test if it never does."""
     deadline = time.monotonic() + timeout_s
     while not condition():

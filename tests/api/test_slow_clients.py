@@ -14,6 +14,8 @@ from fake_engine import FakeEngine, Script, Server, fake_info, serving, wait_unt
 from test_api_limits import refuses_data
 from test_api_raw import CHAT, HI, Reply, get, post, send
 
+from gqa_serve.api.outlet import Outlet
+
 STREAM = post(CHAT, json.dumps({**HI, "stream": True}).encode())
 
 
@@ -158,6 +160,19 @@ def long_engine(**script: object) -> FakeEngine:
 LONG = {**HI, "logprobs": True, "top_logprobs": 20}
 
 
+def watch_buffers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of connections' write buffers, after each time that one was written to."""
+    sizes: list[int] = []
+
+    def measure(self: Outlet, data: object) -> None:
+        write(self, data)
+        sizes.append(self.get_write_buffer_size())
+
+    write = Outlet.write
+    monkeypatch.setattr(Outlet, "write", measure)
+    return sizes
+
+
 @pytest.mark.parametrize("closes", [False, True])
 def test_a_whole_answer_that_nobody_reads(closes: bool, caplog: pytest.LogCaptureFixture) -> None:
     """The engine is done with it long before; what is left is a socket and the bytes that wait for it."""
@@ -192,6 +207,21 @@ def test_a_slow_reader_gets_it_all() -> None:
     assert json.loads(body)["usage"]["completion_tokens"] == 2501
 
 
+def test_one_who_reads_on_after_a_pause_gets_it_in_portions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the engine made meanwhile is neither spelled nor buffered all at once."""
+    sizes = watch_buffers(monkeypatch)
+    engine = FakeEngine(lambda request: Script(["x" * 50] * 200))
+    engine.model_info = fake_info(max_model_len=200_000)
+    with serving(engine) as server:
+        asked = json.dumps({**LONG, "stream": True}).encode()
+        with unread(server, post(CHAT, asked, "Connection: close")) as connection:
+            wait_until(lambda: engine.ends() == ["stop"])
+            data = b"".join(iter(lambda: connection.recv(1 << 20), b""))
+    assert data.count(b'"top_logprobs"') == 10_000
+    assert b"data: [DONE]" in data
+    assert 0 < max(sizes) < 2_000_000 < len(data)
+
+
 def test_pings_keep_no_slow_reader(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr("gqa_serve.api.serving.PING_INTERVAL_S", 0.05)
     engine = long_engine(hold_at=9)
@@ -206,16 +236,7 @@ def test_what_waits_for_a_slow_reader_is_bounded(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The write buffer stays near uvicorn's mark, whatever the engine generates."""
-    sizes = []
-
-    def measure(self: object, *args: object) -> None:
-        sizes.append(self._transport.get_write_buffer_size())  # type: ignore[attr-defined]
-        write(self, *args)  # type: ignore[arg-type]
-
-    from gqa_serve.api.outlet import Outlet
-
-    write = Outlet.write
-    monkeypatch.setattr(Outlet, "write", measure)
+    sizes = watch_buffers(monkeypatch)
     engine = FakeEngine(lambda request: Script(["x" * 50] * 200))
     engine.model_info = fake_info(max_model_len=200_000)
     with serving(engine, send_timeout=3.0) as server:

@@ -6,9 +6,17 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 import pytest
-from fake_engine import FakeEngine, Script, fake_tokenizer
+from fake_engine import PATIENCE_S, FakeEngine, Script, fake_tokenizer
 
-from gqa_serve.api.text_stream import MAX_UNMERGED, Choice, Generation, TextEvent, merge_events
+from gqa_serve.api.text_stream import (
+    MAX_MERGED_TOKENS,
+    MAX_UNMERGED,
+    Choice,
+    Generation,
+    TextEvent,
+    merge_events,
+    merge_up,
+)
 from gqa_serve.engine.detokenizer import TextAssembler
 from gqa_serve.engine.request import EngineRequest, SamplingParams, TokenOutput
 from gqa_serve.errors import EngineStepError, EngineUnavailableError, RequestError
@@ -16,13 +24,13 @@ from gqa_serve.errors import EngineStepError, EngineUnavailableError, RequestErr
 TOKENIZER = fake_tokenizer()
 
 
-def start(engine: FakeEngine, count: int = 1, **params: object) -> Generation:
+def start(engine: FakeEngine, count: int = 1, max_tokens: int = 99, **params: object) -> Generation:
     choices = []
     for index in range(count):
         request = EngineRequest(
             request_id=f"r{index}",
             prompt=[1, 2],
-            params=SamplingParams(max_tokens=99, **params),  # type: ignore[arg-type]
+            params=SamplingParams(max_tokens=max_tokens, **params),  # type: ignore[arg-type]
         )
         stream = engine.submit(request)
         assembler = TextAssembler(TOKENIZER, request.params, request.prompt)
@@ -32,9 +40,9 @@ def start(engine: FakeEngine, count: int = 1, **params: object) -> Generation:
 
 def run(test: Callable[[], Awaitable[None]]) -> None:
     async def main() -> None:
-        await asyncio.wait_for(test(), 20)
+        await asyncio.wait_for(test(), PATIENCE_S)
         others = asyncio.all_tasks() - {asyncio.current_task()}
-        _, pending = await asyncio.wait(others, timeout=5) if others else (set(), set())
+        _, pending = await asyncio.wait(others, timeout=PATIENCE_S) if others else (set(), set())
         assert not pending, "a pump is still running"
 
     asyncio.run(main())
@@ -58,6 +66,53 @@ def test_what_nobody_takes_is_merged_as_it_comes() -> None:
         generation.abort()
 
     run(test)
+
+
+def test_what_has_piled_up_comes_in_portions_between_which_others_go_on() -> None:
+    """And what a choice says comes in its order, though one has more to say than the other."""
+    long, short = 4 * MAX_MERGED_TOKENS + 7, 5
+    engine = FakeEngine()
+    scripts = iter([Script(["a"] * long, finish="length"), Script(["b"] * short, finish="length")])
+    engine.script = lambda request: next(scripts)
+
+    async def test() -> None:
+        generation = start(engine, 2, max_tokens=2 * long)
+        while any(stream.end is None for stream in engine.streams):
+            await asyncio.sleep(0)
+        assert len(generation._buffer) <= 6 + 2 * MAX_UNMERGED
+        passes = []  # of the event loop, seen by somebody else at each batch
+        batches = []
+
+        async def other() -> None:
+            while True:
+                passes[-1] += 1
+                await asyncio.sleep(0)
+
+        passes.append(0)
+        beside = asyncio.create_task(other())
+        async for events in generation.batches():
+            batches.append(events)
+            passes.append(0)
+        beside.cancel()
+        assert all(len(event.token_ids) <= MAX_MERGED_TOKENS for events in batches for event in events)
+        assert all(len({event.index for event in events}) == len(events) for events in batches)
+        assert all(count > 0 for count in passes[1:-1]), "the loop went on between two of them"
+        assert len(batches) in (5, 6)
+        for index, text in ((0, "a" * long), (1, "b" * short)):
+            said = merge_events([event for events in batches for event in events if event.index == index])
+            assert (said.text, len(said.token_ids)) == (text, len(text))
+            assert (said.is_first, said.finish_reason) == (True, "length")
+        generation.abort()
+
+    run(test)
+
+
+def test_merging_leaves_alone_what_is_large_already() -> None:
+    sizes = [1, 2, MAX_MERGED_TOKENS - 3, 1, 2 * MAX_MERGED_TOKENS, 0, 1]
+    merged = merge_up([TextEvent(0, str(size), [7] * size) for size in sizes])
+    assert [len(event.token_ids) for event in merged] == [MAX_MERGED_TOKENS, 1, 2 * MAX_MERGED_TOKENS, 1]
+    assert "".join(event.text for event in merged) == "".join(map(str, sizes))
+    assert merge_up([]) == []
 
 
 def test_collect_gives_choices_in_order_and_aborts_each() -> None:
