@@ -73,7 +73,7 @@ class RunningServer:
     def stop(self, sig: int = signal.SIGTERM) -> int:
         """Send a signal; the exit status."""
         self.process.send_signal(sig)
-        status = self.process.wait(timeout=60)
+        status = self.process.wait(timeout=120)
         self._reader.join(timeout=10)
         return status
 

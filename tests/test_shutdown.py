@@ -49,10 +49,10 @@ def stream(
 
 def test_a_draining_server_answers_503_and_then_frees_its_port() -> None:
     with running("--drain-timeout", "600") as server:
-        idle = http.client.HTTPConnection(*address(server), timeout=20)
+        idle = http.client.HTTPConnection(*address(server), timeout=120)
         idle.request("GET", "/health")
         assert idle.getresponse().read()
-        half = socket.create_connection(address(server), timeout=20)
+        half = socket.create_connection(address(server), timeout=120)
         half.sendall(b"GET /ready HTTP/1.1\r\nHost: localhost\r\n")
         connection, response = stream(server, max_tokens=400)
         engine = server.engine
@@ -94,7 +94,7 @@ def test_a_second_signal_ends_streams_with_an_error_and_the_engine() -> None:
         lines = response.read().splitlines()
         connection.close()
         assert b"engine_unavailable" in lines[-4]
-        assert server.process.wait(timeout=30) == 0
+        assert server.process.wait(timeout=120) == 0  # not the 300 s
         assert not engine.is_running()
 
 
@@ -108,7 +108,7 @@ def test_a_signal_while_the_engine_restarts(delay_s: float) -> None:
         api = psutil.Process(server.process.pid)
         seen = set(api.children())
         assert server.stop() == 0
-        psutil.wait_procs(seen, timeout=10)
+        psutil.wait_procs(seen, timeout=60)
         assert not any(child.is_running() for child in seen)
         group = [each for each in psutil.process_iter() if _group(each) == server.process.pid]
         assert group == []  # started by it or not seen by us
@@ -124,13 +124,13 @@ def _group(process: psutil.Process) -> int | None:
 
 def test_a_signal_with_slow_and_silent_clients_does_not_wait_for_them() -> None:
     """Nor for a client that reads nothing of a stream, nor for one that is half-way through a body."""
-    with running("--drain-timeout", "1") as server:
-        silent = socket.create_connection(address(server), timeout=20)
-        sending = socket.create_connection(address(server), timeout=20)
+    with running("--drain-timeout", "1", "--read-timeout", "600", "--send-timeout", "600") as server:
+        silent = socket.create_connection(address(server), timeout=120)
+        sending = socket.create_connection(address(server), timeout=120)
         sending.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n{")
         connection, _ = stream(server, logprobs=5)
         done = threading.Event()
-        threading.Timer(60, lambda: done.is_set() or server.process.kill()).start()
+        threading.Timer(110, lambda: done.is_set() or server.process.kill()).start()
         assert server.stop() == 0
         done.set()
         for each in (silent, sending, connection):

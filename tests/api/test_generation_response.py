@@ -59,7 +59,7 @@ def respond(
         response = GenerationResponse(
             generation, ChatReply(context, ChatJob(job, PlainParser, None)), {}, drain_timeout_s, metrics
         )
-        await asyncio.wait_for(response(dict(SCOPE), receive, send), 20)  # type: ignore[arg-type]
+        await asyncio.wait_for(response(dict(SCOPE), receive, send), 90)  # type: ignore[arg-type]
 
     asyncio.run(main())
 

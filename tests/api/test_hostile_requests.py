@@ -47,7 +47,7 @@ def exchange(server: Server, data: bytes) -> bytes:
     """All that the server says to these bytes until it closes, or says no more."""
     answer = b""
     with server.connect() as connection:
-        connection.settimeout(20)
+        connection.settimeout(90)
         with contextlib.suppress(OSError):  # it may have closed
             connection.sendall(data)
             connection.shutdown(socket.SHUT_WR)

@@ -39,7 +39,7 @@ def drip(connection: socket.socket, data: bytes, pause_s: float) -> None:
         except TimeoutError:
             pass
         finally:
-            connection.settimeout(20)
+            connection.settimeout(90)
     raise AssertionError("the whole of it was read")
 
 

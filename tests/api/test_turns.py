@@ -44,7 +44,7 @@ def run_all(scopes: list[dict[str, Any]], cancel: int | None = None) -> list[tup
         if cancel is not None:
             await asyncio.sleep(0)
             tasks[cancel].cancel()
-        await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 20)
+        await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 90)
         counting.cancel()
         return app.began
 
@@ -78,7 +78,7 @@ def test_a_queue_that_ran_dry_fills_again() -> None:
         turns = Turns(app)
         for _ in range(3):
             tasks = [turns({**POST, "number": 0}, never_called, never_called) for _ in range(2 * PER_PASS)]
-            await asyncio.wait_for(asyncio.gather(*tasks), 20)
+            await asyncio.wait_for(asyncio.gather(*tasks), 90)
             await asyncio.sleep(0.01)
         return len(app.began)
 
