@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from gqa_serve.engine.request import TokenOutput
@@ -54,10 +54,8 @@ class TokenStream:
                 raise StopAsyncIteration
             self._arrived.clear()
             await self._arrived.wait()
-        merged = self._outputs.popleft()
-        while self._outputs:
-            merged = _merge(merged, self._outputs.popleft())
-        return merged
+        outputs, self._outputs = self._outputs, deque()
+        return outputs[0] if len(outputs) == 1 else _merged(outputs)
 
     def abort(self) -> None:
         """End the request now, freeing its blocks. Does nothing if it has ended."""
@@ -89,21 +87,20 @@ class TokenStream:
                 self.ticket.ended()
 
 
-def _merge(first: TokenOutput, then: TokenOutput) -> TokenOutput:
-    """Two consecutive outputs as one. `prompt_logprobs` comes with the first only."""
-    logprobs = None
-    if first.logprobs is not None or then.logprobs is not None:
-        logprobs = (first.logprobs or []) + (then.logprobs or [])
+def _merged(outputs: Sequence[TokenOutput]) -> TokenOutput:
+    """Consecutive outputs as one. What is told once of a request is in the first, how it ended in the last."""
+    first, last = outputs[0], outputs[-1]
+    with_logprobs = any(output.logprobs is not None for output in outputs)
     return TokenOutput(
         request_id=first.request_id,
-        token_ids=first.token_ids + then.token_ids,
-        logprobs=logprobs,
-        prompt_logprobs=first.prompt_logprobs or then.prompt_logprobs,
-        pooled=first.pooled or then.pooled,
+        token_ids=[token for output in outputs for token in output.token_ids],
+        logprobs=[entry for output in outputs for entry in output.logprobs or ()] if with_logprobs else None,
+        prompt_logprobs=first.prompt_logprobs,
+        pooled=first.pooled,
         queue_s=first.queue_s,
         num_cached_tokens=first.num_cached_tokens,
-        finish_reason=then.finish_reason,
-        stop_token_id=then.stop_token_id,
-        error=then.error,
-        refused=then.refused,
+        finish_reason=last.finish_reason,
+        stop_token_id=last.stop_token_id,
+        error=last.error,
+        refused=last.refused,
     )
