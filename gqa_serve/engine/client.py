@@ -302,7 +302,8 @@ class AsyncEngine:
             ours.close()
             raise
         path, place = str(self._path), self._placement
-        self._send(Start(path, self._config, self._log_level, self._log_format, place))
+        num_blocks = None if self.model_info is None else self.model_info.num_blocks
+        self._send(Start(path, self._config, self._log_level, self._log_format, place, num_blocks))
         return reader
 
     async def _load(self, reader: asyncio.StreamReader) -> None:

@@ -44,7 +44,8 @@ OnTensor = Callable[[int, int], None]
 
 class ModelRunner:
     """A loaded model over its KV cache. `path` is a directory or .gguf file (see `resolve_model`), or an open
-    checkpoint; `model_config` stands in for what its config.json says.
+    checkpoint; `model_config` stands in for what its config.json says. `num_blocks` is what its KV cache had
+    before a restart, which is kept if it fits: clients were told the longest context that follows from it.
 
     With a `group` this is one rank's part of the model; the runners of all ranks are made, and are told to
     execute and to compute logits, in the same order, and each gives what one runner of the whole would.
@@ -59,9 +60,11 @@ class ModelRunner:
         model_config: ModelConfig | None = None,
         placement: Placement = ALONE,
         group: RankGroup | None = None,
+        num_blocks: int | None = None,
     ) -> None:
         self.placement = placement
         self.group = group
+        self._had_blocks = num_blocks
         if config.tensor_parallel_size != (1 if group is None else group.size):
             raise ConfigError(
                 "--tensor-parallel-size is for `gqa-serve serve`, `gqa-serve chat` and LLM; leave it out."
@@ -92,9 +95,8 @@ class ModelRunner:
             self.config = self.config.with_max_model_len(config.max_model_len)
         self.device = choose_device(config.device, placement=self.placement)
         if self.device.type == "cuda" and self.device.index is not None:
-            torch.cuda.set_device(
-                self.device
-            )  # Triton launches on the current device, whatever tensors are on
+            # Triton launches on the current device, whatever the tensors are on.
+            torch.cuda.set_device(self.device)
         self.backend = _make_backend(config, self.config, self.device, self.placement)
         loaded = 0
 
@@ -227,10 +229,13 @@ class ModelRunner:
             torch.cuda.empty_cache()
 
     def _num_blocks(self, config: EngineConfig) -> int:
-        """KV blocks: what --kv-cache-memory says, else a share of free memory, at most what could be used."""
+        """KV blocks: those of before a restart, what --kv-cache-memory says, or else a share of free memory,
+        at most what could be used."""
         size = self.backend.block_bytes(self.model.config, config.block_size)
         blocks_per_request = -(-self.config.max_model_len // config.block_size)
         free = free_memory(self.device)
+        if self._had_blocks is not None and self._had_blocks * size <= free:
+            return self._had_blocks
         asked = config.kv_cache_memory
         if asked is not None and asked > free:
             raise CacheCapacityError(

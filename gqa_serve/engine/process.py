@@ -53,6 +53,7 @@ def load_engine(start: Start, channel: Channel) -> Engine:
         start.config,
         lambda done, total: channel.send(Loading(done, total)),
         placement=start.placement,
+        num_blocks=start.num_blocks,
         log=(start.log_level, start.log_format),
         on_loss=_end_at_once,
     )

@@ -19,13 +19,17 @@ LENGTH = struct.Struct("<I")
 
 
 class Start(msgspec.Struct, tag=True):
-    """First message to the engine: load the model at `path`, as the process that `placement` says."""
+    """First message to the engine: load the model at `path`, as the process that `placement` says.
+
+    `num_blocks`: KV blocks that the process before this one had, if there was one.
+    """
 
     path: str
     config: EngineConfig
     log_level: str
     log_format: str = "text"
     placement: Placement = ALONE
+    num_blocks: int | None = None
 
 
 class Add(msgspec.Struct, tag=True):

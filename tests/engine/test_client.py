@@ -23,6 +23,7 @@ from gqa_serve.engine import client as client_module
 from gqa_serve.engine.client import AsyncEngine, TokenStream
 from gqa_serve.engine.metrics import StepStats
 from gqa_serve.engine.request import TokenOutput
+from gqa_serve.engine.wire import LENGTH, Start, to_engine_decoder
 from gqa_serve.errors import EngineUnavailableError, ModelError, QueueFullError
 
 FAULTY = (sys.executable, str(Path(__file__).with_name("faulty_process.py")))
@@ -217,6 +218,26 @@ async def test_a_model_that_vanishes_or_is_damaged_is_waited_for(checkpoint: Pat
         weights.write_bytes(whole)
         await eventually(lambda: engine.state == "ready")
         assert tokens_of(await collect(engine.submit(request("after", [5, 6])))) == wanted
+
+
+@in_loop
+async def test_a_new_process_is_told_what_kv_cache_the_old_one_had(checkpoint: Path) -> None:
+    told: list[int | None] = []
+    async with started(checkpoint) as engine:
+        write, info = engine._write, engine.model_info
+        assert info is not None
+        assert engine._process is not None
+
+        def record(data: bytes) -> None:
+            message = to_engine_decoder.decode(data[LENGTH.size :])
+            if isinstance(message, Start):
+                told.append(message.num_blocks)
+            write(data)
+
+        engine._write = record  # type: ignore[method-assign]
+        engine._process.kill()
+        await eventually(lambda: engine.num_restarts == 1 and engine.state == "ready")
+    assert told == [info.num_blocks]
 
 
 def test_a_process_that_dies_while_it_loads_first_is_an_error_of_the_start(checkpoint: Path) -> None:

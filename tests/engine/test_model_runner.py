@@ -19,7 +19,7 @@ from gqa_serve.engine.batch import PlanRow, StepPlan
 from gqa_serve.engine.core import Engine
 from gqa_serve.engine.model_runner import ModelRunner
 from gqa_serve.engine.request import TokenOutput
-from gqa_serve.errors import ConfigError
+from gqa_serve.errors import CacheCapacityError, ConfigError
 
 CPU = torch.device("cpu")
 
@@ -36,9 +36,9 @@ def same_threads_afterwards() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def runner(path: Path, **settings: Any) -> ModelRunner:
+def runner(path: Path, *, num_blocks: int | None = None, **settings: Any) -> ModelRunner:
     settings = {"backend": "reference", "kv_cache_memory": 2**20, **settings}
-    return ModelRunner(path, EngineConfig(model="tiny", **settings))
+    return ModelRunner(path, EngineConfig(model="tiny", **settings), num_blocks=num_blocks)
 
 
 def test_what_is_reported(path: Path) -> None:
@@ -51,6 +51,23 @@ def test_what_is_reported(path: Path) -> None:
     for kv_dtype in ("int8", "fp8"):
         info = runner(path, kv_cache_dtype=kv_dtype).info
         assert (info.kv_dtype, info.kv_bytes_per_token) == (kv_dtype, 2 * 4 * 2 * (16 + 4))
+
+
+def test_a_restarted_engine_has_the_blocks_it_had(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other replicas have taken their caches meanwhile: a share of what they left would be less each time."""
+    settings: dict[str, Any] = {"kv_cache_memory": None, "max_model_len": 64, "max_num_seqs": 64}
+    block_bytes = 16 * runner(path).info.kv_bytes_per_token
+    free = 400 * block_bytes
+    monkeypatch.setattr(model_runner, "free_memory", lambda device: free)
+    assert runner(path, **settings).info.num_blocks == 200
+    free = 150 * block_bytes
+    assert runner(path, **settings).info.num_blocks == 75
+    assert runner(path, num_blocks=150, **settings).info.num_blocks == 150
+    assert runner(path, num_blocks=151, **settings).info.num_blocks == 75
+    free = 6 * block_bytes
+    with pytest.raises(CacheCapacityError, match="--max-model-len 64 does not fit"):
+        runner(path, **settings)
+    assert runner(path, num_blocks=5, **settings).info.num_blocks == 5
 
 
 def test_the_cache_and_its_account_are_the_backends(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,9 +28,13 @@ class Join(msgspec.Struct, tag=True):
 
 
 class Load(msgspec.Struct, tag=True):
-    """Second order, when all ranks have met: load this rank's part of the model at `path`."""
+    """Second order, when all ranks have met: load this rank's part of the model at `path`.
+
+    `num_blocks` as in `ModelRunner`.
+    """
 
     path: str
+    num_blocks: int | None
 
 
 class Execute(msgspec.Struct, tag=True):

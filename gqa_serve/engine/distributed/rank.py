@@ -51,7 +51,7 @@ def load_part(join: Join, orders: Reader[Order], say: Callable[[Report], None]) 
     load = orders.next()
     if not isinstance(load, Load):
         return None
-    return ModelRunner(Path(load.path), config, placement=placement, group=group)
+    return ModelRunner(Path(load.path), config, placement=placement, group=group, num_blocks=load.num_blocks)
 
 
 def follow(runner: ModelRunner, orders: Reader[Order]) -> None:

@@ -65,18 +65,20 @@ def load_runner(
     on_tensor: OnTensor | None = None,
     *,
     placement: Placement = ALONE,
+    num_blocks: int | None = None,
     log: Log = ("warning", "text"),
     on_loss: Callable[[str], None] = lambda reason: None,
 ) -> Runner:
     """The model at `path`, over as many processes as `config` says; raises as `ModelRunner` does.
 
-    `placement` is this process's among replicas. `on_loss` is called, from another thread, with a sentence
-    when a rank has died and this process, which may wait for it, did not notice.
+    `placement` is this process's among replicas, `num_blocks` as in `ModelRunner`. `on_loss` is called, from
+    another thread, with a sentence when a rank has died and this process, which may wait for it, did not
+    notice.
     """
     if config.tensor_parallel_size == 1:
-        return ModelRunner(path, config, on_tensor, placement=placement)
+        return ModelRunner(path, config, on_tensor, placement=placement, num_blocks=num_blocks)
     placement = msgspec.structs.replace(placement, num_ranks=config.tensor_parallel_size)
-    return ReplicaRunner(path, config, on_tensor, placement, log, on_loss)
+    return ReplicaRunner(path, config, on_tensor, placement, num_blocks, log, on_loss)
 
 
 class ReplicaRunner:
@@ -91,6 +93,7 @@ class ReplicaRunner:
         config: EngineConfig,
         on_tensor: OnTensor | None,
         placement: Placement,
+        num_blocks: int | None,
         log: Log,
         on_loss: Callable[[str], None],
     ) -> None:
@@ -107,8 +110,10 @@ class ReplicaRunner:
                 self._others.wait_for_all()
                 group = RankGroup(meeting, 0, placement.num_ranks, device, exact=config.deterministic)
             self._others.group = group
-            self._others.tell(Load(str(path)))
-            self._local = ModelRunner(path, config, on_tensor, placement=placement, group=group)
+            self._others.tell(Load(str(path), num_blocks))
+            self._local = ModelRunner(
+                path, config, on_tensor, placement=placement, group=group, num_blocks=num_blocks
+            )
         self._group = group
 
     @property
