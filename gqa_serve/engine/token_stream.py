@@ -88,7 +88,7 @@ class TokenStream:
 
 
 def _merged(outputs: Sequence[TokenOutput]) -> TokenOutput:
-    """Consecutive outputs as one. What is told once of a request is in the first, how it ended in the last."""
+    """Consecutive outputs as one. The first tells what is told once of a request, the last how it ended."""
     first, last = outputs[0], outputs[-1]
     with_logprobs = any(output.logprobs is not None for output in outputs)
     return TokenOutput(
