@@ -1,8 +1,9 @@
-"""The blocks of commands in README.md and docs/: where each stands, its lines, and its mark.
+"""The blocks of commands and of Python in README.md and docs/: where each stands, its lines, and its mark.
 
 A block is fenced or indented by four spaces. It is one of commands where its fence says so (sh, bash,
-console) or a line of it begins with a program that the documents use. The mark is an HTML comment on the line
-above the block, or above the blank line before it:
+console) or a line of it begins with a program that the documents use, and one of Python where its fence says
+so or it begins with an import. The mark is an HTML comment on the line above the block, or above the blank
+line before it:
 
     <!-- runs -->                       tests/test_docs_blocks.py runs it, in an empty directory
     <!-- runs: against a server -->     ... with a server of the demo model where the block says port 8000
@@ -27,18 +28,20 @@ PROGRAMS = (
     r"\.venv/bin/\S+|\. \.venv|\. \S+/activate"
 )
 COMMAND = re.compile(rf"^(\$ )?([A-Z_]+=\S+ )*({PROGRAMS}) ")
+IMPORT = re.compile(r"^(from \S+ import|import) \S+")
 OF_SHELLS = ("sh", "bash", "console")
 MARK = re.compile(r"^<!-- (runs|runs: against a server|runs: slowly|tested by \S+|needs: .+?) -->$")
 
 
 @dataclass(frozen=True)
 class Block:
-    """Lines of commands in a document; `line` counts from 1."""
+    """Lines of commands, or of Python, in a document; `line` counts from 1."""
 
     document: Path
     line: int
     lines: tuple[str, ...]
     mark: str
+    is_python: bool
 
     @property
     def name(self) -> str:
@@ -46,7 +49,7 @@ class Block:
         return f"{self.document.relative_to(REPOSITORY)}:{self.line}"
 
     def commands(self) -> str:
-        """What a shell is given: the lines after `$ ` where there are such, else all of them."""
+        """What a shell, or Python, is given: the lines after `$ ` where there are such, else all of them."""
         prompted = [line[2:] for line in self.lines if line.startswith("$ ")]
         return "\n".join(prompted or self.lines) + "\n"
 
@@ -82,11 +85,21 @@ def _spans(lines: list[str]) -> list[tuple[int, str, list[str]]]:
     return spans
 
 
+def _language(fence: str, lines: list[str]) -> str:
+    """What runs a block of this fence: "sh", "python", or "" for nobody."""
+    if fence in OF_SHELLS or (not fence and any(COMMAND.match(line) for line in lines)):
+        return "sh"
+    if fence == "python" or (not fence and lines and IMPORT.match(lines[0])):
+        return "python"
+    return ""
+
+
 def blocks(document: Path) -> list[Block]:
-    """The blocks of commands of one document."""
+    """The blocks of commands and of Python of one document."""
     lines = document.read_text(encoding="utf-8").splitlines()
+    found = [(start, _language(fence, inner), inner) for start, fence, inner in _spans(lines)]
     return [
-        Block(document, start + 1, tuple(inner), _mark_above(lines, start))
-        for start, language, inner in _spans(lines)
-        if language in OF_SHELLS or (not language and any(COMMAND.match(line) for line in inner))
+        Block(document, start + 1, tuple(inner), _mark_above(lines, start), language == "python")
+        for start, language, inner in found
+        if language
     ]

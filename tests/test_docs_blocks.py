@@ -1,9 +1,9 @@
-"""Every block of commands in README.md and docs/ is run by a test, here or elsewhere, or says what it needs.
+"""Every block of commands or Python in README.md and docs/ is run by a test, or says what it needs.
 
 The convention is document_blocks.py's. What runs here runs as a reader would have it: in a shell that stops
-at the first failure, in a directory of its own, with `gqa-serve` on the path; the configs of
-tests/workbench/configs lie there under their names, and a server of the demo model stands for the one on
-port 8000.
+at the first failure, or in a Python of its own, in a directory of its own, with `gqa-serve` on the path; the
+configs of tests/workbench/configs lie there under their names, and a server of the demo model stands for the
+one on port 8000.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def marked(*marks: str) -> list[Block]:
 
 
 def run(block: Block, folder: Path, port: int | None, limit_s: float) -> str:
-    """What the commands of the block print; an assertion fails with all of it where their status is not 0."""
+    """What the block prints; an assertion fails with all of it where its status is not 0."""
     programs = folder / "bin"
     programs.mkdir()
     (programs / "gqa-serve").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m gqa_serve.cli "$@"\n')
@@ -45,8 +45,9 @@ def run(block: Block, folder: Path, port: int | None, limit_s: float) -> str:
     if port is not None:
         assert ":8000" in commands, f"{block.name} asks no server on port 8000; is the mark right?"
         commands = commands.replace(":8000", f":{port}").replace("curl ", "curl --fail-with-body --silent ")
+    runner = [sys.executable, "-c"] if block.is_python else ["bash", "-e", "-c"]
     done = subprocess.run(
-        ["bash", "-e", "-c", commands],
+        [*runner, commands],
         cwd=folder,
         env={**os.environ, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"},
         stdout=subprocess.PIPE,
@@ -94,8 +95,15 @@ def test_a_block_without_a_mark_is_found(tmp_path: Path) -> None:
     document = tmp_path / "page.md"
     document.write_text(
         "Text.\n\n    gqa-serve --model demo\n\n<!-- runs -->\n\n    $ pip install x\n    done\n\n"
-        "<!-- needs: a GPU -->\n```\nA=1 docker run\n```\n\n```python\nimport x\n```\n\n    serve\n"
+        "<!-- needs: a GPU -->\n```\nA=1 docker run\n```\n\n```python\nx = 1\n```\n\n    serve\n\n"
+        "<!-- runs -->\n\n    import x\n    x.y()\n"
     )
     found = blocks(document)
-    assert [(block.line, block.mark) for block in found] == [(3, ""), (7, "runs"), (11, "needs: a GPU")]
+    assert [(block.line, block.mark, block.is_python) for block in found] == [
+        (3, "", False),
+        (7, "runs", False),
+        (11, "needs: a GPU", False),
+        (15, "", True),
+        (23, "runs", True),
+    ]
     assert found[1].commands() == "pip install x\n"
