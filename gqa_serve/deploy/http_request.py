@@ -13,6 +13,8 @@ from typing import Any
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope
 
+DECLINED_BY = "declined_by"  # in the one message that comes instead of an answer: the replica's name
+
 _SCOPE_KEYS = (
     "type",
     "asgi",
@@ -31,11 +33,15 @@ _SCOPE_KEYS = (
 
 @dataclasses.dataclass(frozen=True)
 class HttpRequest:
-    """What the application gets; `prefix_keys` (see `prefix_keys.py`) is for whoever chooses an engine."""
+    """What the application gets; the rest is for whoever chooses an engine.
+
+    `prefix_keys`: see `prefix_keys.py`. `declined_by`: names of replicas that had no engine for it just now.
+    """
 
     scope: dict[str, Any]
     body: bytes
     prefix_keys: tuple[bytes, ...] = ()
+    declined_by: tuple[str, ...] = ()
 
 
 def portable_scope(scope: Scope) -> dict[str, Any]:

@@ -2,15 +2,17 @@
 
 Owns reading a request whole, handing it to one engine through `PrefixRouter`, and passing its answer on as it
 comes. It is needed because Ray's proxies choose a replica before they have seen a body. Computes nothing and
-checks nothing: keys, limits and errors are the application's, in the replica. Invariants: a request that no
-engine takes in time gets a 503; an answer that breaks off breaks the connection, so that nobody takes it for
-a whole one; when the client leaves, the engine is told.
+checks nothing: keys, limits and errors are the application's, in the replica. Invariants: a request that a
+replica without an engine declines goes to another one; one that no engine takes in time gets a 503; an answer
+that breaks off breaks the connection, so that nobody takes it for a whole one; when the client leaves, the
+engine is told.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 from collections.abc import AsyncGenerator, Iterable
 
@@ -26,7 +28,7 @@ from gqa_serve.api.access import is_anthropic, route_path
 from gqa_serve.api.anthropic.reply import anthropic_error
 from gqa_serve.api.errors import error_response
 from gqa_serve.api.responses.protocol import new_id
-from gqa_serve.deploy.http_request import HttpRequest, portable_scope, read_body
+from gqa_serve.deploy.http_request import DECLINED_BY, HttpRequest, portable_scope, read_body
 from gqa_serve.deploy.merged_metrics import merged_metrics
 from gqa_serve.deploy.prefix_keys import prefix_keys
 from gqa_serve.errors import EngineUnavailableError, RequestError
@@ -34,10 +36,18 @@ from gqa_serve.errors import EngineUnavailableError, RequestError
 logger = logging.getLogger(__name__)
 
 _LARGE_BODY_BYTES = 256 * 1024  # from here on, keys are made in a thread
-_ATTEMPTS = 3  # of one request, whose replicas die before they have said anything
+_ATTEMPTS = 3  # of one request, whose replicas decline it, or die before they have said anything
 _REQUEST_ID = b"x-request-id"
 _METRICS_TIMEOUT_S = 10.0
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class _DeclinedError(Exception):
+    """A replica has no engine for the request just now."""
+
+    def __init__(self, replica: str) -> None:
+        super().__init__(replica)
+        self.replica = replica
 
 
 class Ingress:
@@ -84,6 +94,10 @@ class Ingress:
                         began = True
                         await send(_without_request_id(message))
                 return
+            except _DeclinedError as error:
+                request = dataclasses.replace(request, declined_by=(*request.declined_by, error.replica))
+                if attempt == _ATTEMPTS:
+                    await _refuse(scope, receive, send, "The engines are restarting; try again.")
             except RayActorError as error:
                 logger.warning("An engine replica died while it answered: %s", error)
                 if began:
@@ -91,15 +105,22 @@ class Ingress:
                 if attempt == _ATTEMPTS:
                     await _refuse(scope, receive, send, "Several engines died while they held this request.")
             except (asyncio.TimeoutError, DeploymentUnavailableError):
+                if began:
+                    raise  # a TimeoutError of the application's own
                 await _refuse(scope, receive, send, "No engine is free to take the request; try again later.")
                 return
 
     async def _answer(self, request: HttpRequest) -> AsyncGenerator[Message, None]:
-        """The messages of one replica. Raises asyncio.TimeoutError if none takes the request in time."""
+        """The messages of one replica.
+
+        Raises asyncio.TimeoutError if none takes the request in time, _DeclinedError if it has no engine.
+        """
         batches = self._engines.remote(request)
         is_over = False
         try:
-            await asyncio.wait_for(anext(batches), self._replica_timeout_s)  # an empty one: it was taken
+            first = await asyncio.wait_for(anext(batches), self._replica_timeout_s)
+            if first:  # an empty one says that it was taken
+                raise _DeclinedError(first[0][DECLINED_BY])
             async for batch in batches:
                 for message in batch:
                     yield message

@@ -23,7 +23,7 @@ from starlette.types import Message
 from gqa_serve.api.app import create_app
 from gqa_serve.config import EngineConfig, ServerConfig
 from gqa_serve.deploy.asgi_stream import answer_messages, whole_answer
-from gqa_serve.deploy.http_request import HttpRequest
+from gqa_serve.deploy.http_request import DECLINED_BY, HttpRequest
 from gqa_serve.deploy.ray_autoscaling import KV_USE, READY, REQUESTS, WAITING_TOKENS
 from gqa_serve.engine.chat_template_files import load_chat_template
 from gqa_serve.engine.client import AsyncEngine
@@ -83,7 +83,14 @@ class EngineReplica:
     # --- what the ingress calls ----------------------------------------------------------------------------
 
     async def answer(self, request: HttpRequest) -> AsyncGenerator[list[Message], None]:
-        """The application's answer as it comes; see `answer_messages`."""
+        """The application's answer as it comes; see `answer_messages`.
+
+        While the engine is not ready, the request is declined instead, once: another replica may have an
+        engine. If it comes again none has, and the application says what there is to say.
+        """
+        if self._running.state != "ready" and (name := _name()) not in request.declined_by:
+            yield [{DECLINED_BY: name}]
+            return
         async with contextlib.aclosing(answer_messages(self._app, request)) as batches:
             async for batch in batches:
                 yield batch

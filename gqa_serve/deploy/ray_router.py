@@ -3,7 +3,7 @@
 Owns how Ray's interface for request routers (`ray.serve.request_router.RequestRouter`) meets `Affinity`. Runs
 in each process that calls the engines, with a memory of its own. Ray's own PrefixCacheAffinityRouter cannot
 serve here: it needs vLLM to be imported, and fails requests that have no prompt. Invariant: an engine that is
-not ready is chosen only if none is, since it answers quickly, with an error.
+not ready, or has just said so, is chosen only if there is no other, since it answers quickly, with an error.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 from gqa_serve.deploy.affinity import Affinity
 from gqa_serve.deploy.http_request import HttpRequest
 from gqa_serve.deploy.ray_autoscaling import READY, REQUESTS
+
+_NO_PROMPT = HttpRequest({}, b"")
 
 
 class PrefixRouter(RequestRouter):  # type: ignore[misc]  # it is Any to mypy
@@ -34,10 +36,14 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]  # it is Any to mypy
             pending_request.routing_context.should_backoff = (
                 True  # when all are full, wait before the next look
             )
-        ready = [replica for replica in candidate_replicas if replica.routing_stats.get(READY, True)]
-        replicas = {replica.replica_id.unique_id: replica for replica in ready or candidate_replicas}
+        request = _request(pending_request)
+        every = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
+        # What is reported is some seconds old; what declined this request was so a moment ago.
+        others = {name: each for name, each in every.items() if name not in request.declined_by} or every
+        ready = {name: each for name, each in others.items() if each.routing_stats.get(READY, True)}
+        replicas = ready or others
         loads = {name: self._load(replica) for name, replica in replicas.items()}
-        ranks = self._affinity.ranked(_keys(pending_request), loads)
+        ranks = self._affinity.ranked(request.prefix_keys, loads)
         return [[replicas[name] for name in rank] for rank in ranks]
 
     def _load(self, replica: RunningReplica) -> int:
@@ -60,7 +66,7 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]  # it is Any to mypy
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         """A replica took it, and will have its prompt in the cache."""
         super().on_request_routed(pending_request, replica_id, result)
-        self._affinity.sent(_keys(pending_request), replica_id.unique_id)
+        self._affinity.sent(_request(pending_request).prefix_keys, replica_id.unique_id)
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """These are all there are now."""
@@ -70,8 +76,7 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]  # it is Any to mypy
             self._affinity.keep_only({replica.replica_id.unique_id for replica in replicas})
 
 
-def _keys(pending_request: PendingRequest | None) -> tuple[bytes, ...]:
-    if pending_request is None:
-        return ()
-    request = next((arg for arg in pending_request.args if isinstance(arg, HttpRequest)), None)
-    return () if request is None else request.prefix_keys
+def _request(pending_request: PendingRequest | None) -> HttpRequest:
+    """What is to be routed; one without a prompt where it is none of the ingress's."""
+    args = () if pending_request is None else pending_request.args
+    return next((arg for arg in args if isinstance(arg, HttpRequest)), _NO_PROMPT)

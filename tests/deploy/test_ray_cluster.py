@@ -152,6 +152,22 @@ def test_a_killed_replica_breaks_its_streams_at_once_and_is_replaced(two: Cluste
         assert client.post("/v1/chat/completions", json=chat("Still there?")).status_code == 200
 
 
+def test_a_dead_engine_costs_only_what_it_held(two: Cluster) -> None:
+    """From the moment it is dead, long before the routers are told, new requests go to the other one."""
+    victim = two.status()[0]["replica"]
+
+    def of_victim(what: str) -> Any:
+        return next(each[what] for each in two.status() if each["replica"] == victim)
+
+    psutil.Process(of_victim("engine_pid")).send_signal(signal.SIGKILL)
+    wait_until(lambda: of_victim("state") != "ready" or of_victim("num_restarts"))
+    with two.client() as client:
+        answers = [client.post("/v1/chat/completions", json=chat(f"Hello {number}!")) for number in range(12)]
+    assert [answer.status_code for answer in answers] == [200] * 12
+    wait_until(lambda: of_victim("state") == "ready")
+    assert of_victim("num_restarts") == 1
+
+
 @pytest.mark.slow
 def test_an_update_loses_no_request(two: Cluster) -> None:
     over = threading.Event()

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from starlette.types import Message
 
-from gqa_serve.deploy.http_request import HttpRequest
+from gqa_serve.deploy.http_request import DECLINED_BY, HttpRequest
 from gqa_serve.deploy.ray_autoscaling import KV_USE, READY, REQUESTS, WAITING_TOKENS, EngineLoadPolicy
 from gqa_serve.engine.metrics import StepStats
 from gqa_serve.errors import ConfigError
@@ -83,13 +83,18 @@ def router() -> PrefixRouter:
     return made
 
 
-def routed(keys: tuple[bytes, ...] = ()) -> PendingRequest:
-    return PendingRequest(args=[HttpRequest({}, b"", keys)], kwargs={}, metadata=None)
+def routed(keys: tuple[bytes, ...] = (), declined_by: tuple[str, ...] = ()) -> PendingRequest:
+    return PendingRequest(args=[HttpRequest({}, b"", keys, declined_by)], kwargs={}, metadata=None)
 
 
-def first_of(made: PrefixRouter, replicas: list[Replica], keys: tuple[bytes, ...] = ()) -> list[str]:
+def first_of(
+    made: PrefixRouter,
+    replicas: list[Replica],
+    keys: tuple[bytes, ...] = (),
+    declined_by: tuple[str, ...] = (),
+) -> list[str]:
     async def choose() -> list[list[Any]]:
-        request = routed(keys)
+        request = routed(keys, declined_by)
         ranks = await made.choose_replicas(replicas, request)
         assert request.routing_context.should_backoff  # or Ray would look again without a pause
         return ranks
@@ -126,6 +131,19 @@ def test_an_engine_that_is_not_ready_is_the_last_resort() -> None:
     down, busy = Replica("down", ready=False, requests=0), Replica("busy", ready=True, requests=9)
     assert first_of(router(), [down, busy]) == ["busy"]
     assert first_of(router(), [down]) == ["down"]
+
+
+def test_who_declined_a_request_is_asked_again_only_if_nobody_is_left() -> None:
+    """What is reported of an engine is some seconds old: this one died a moment ago, and looks idle."""
+    died, busy, down = (
+        Replica("died", ready=True, requests=0),
+        Replica("busy", requests=9),
+        Replica("down", ready=False),
+    )
+    assert first_of(router(), [died, busy, down]) == ["died"]
+    assert first_of(router(), [died, busy, down], declined_by=("died",)) == ["busy"]
+    assert first_of(router(), [died, down], declined_by=("died",)) == ["down"]
+    assert first_of(router(), [died], declined_by=("died",)) == ["died"]
 
 
 def test_without_replicas_or_a_request_there_is_no_preference() -> None:
@@ -235,11 +253,18 @@ def test_a_replica_that_dies_before_it_answers_is_replaced_by_another() -> None:
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_unavailable")
 
 
-def test_an_answer_that_breaks_off_is_not_ended() -> None:
-    engines = Engines(
-        [[], [START, body(b"half", more=True)], ActorDiedError()], [[], [START, body(b"again")]]
-    )
-    with pytest.raises(ActorDiedError):
+def test_a_request_that_a_replica_declines_goes_to_another() -> None:
+    engines = Engines([[{DECLINED_BY: "a"}]], [[{DECLINED_BY: "b"}]], [[], [START, body(b"ok")]])
+    assert ask(engines).content == b"ok"
+    assert [request.declined_by for request in engines.requests] == [(), ("a",), ("a", "b")]
+    refused = ask(Engines(*[[[{DECLINED_BY: name}]] for name in "abc"]))
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_unavailable")
+
+
+@pytest.mark.parametrize("error", [ActorDiedError(), TimeoutError(), asyncio.TimeoutError()])
+def test_an_answer_that_breaks_off_is_not_ended(error: Exception) -> None:
+    engines = Engines([[], [START, body(b"half", more=True)], error], [[], [START, body(b"again")]])
+    with pytest.raises(type(error)):
         ask(engines)
     assert len(engines.requests) == 1  # what was begun is not begun anew
 
@@ -356,6 +381,32 @@ def test_an_engine_that_restarts_gets_its_time(replica: Any) -> None:
     health(replica, "restarting", 121)
     with pytest.raises(RuntimeError, match="has not come back for 11 s"):
         health(replica, "restarting", 123)
+
+
+@pytest.mark.parametrize(
+    ("state", "declined_by", "answer"),
+    [
+        ("ready", (), [[], "answered"]),
+        ("restarting", (), [[{DECLINED_BY: "me"}]]),
+        ("restarting", ("other",), [[{DECLINED_BY: "me"}]]),
+        ("restarting", ("other", "me"), [[], "answered"]),
+    ],
+)
+def test_a_replica_without_an_engine_declines_once(
+    replica: Any, monkeypatch: pytest.MonkeyPatch, state: str, declined_by: tuple[str, ...], answer: list[Any]
+) -> None:
+    async def answered(app: object, request: HttpRequest) -> AsyncIterator[Any]:
+        for batch in [], "answered":
+            yield batch
+
+    monkeypatch.setattr(ray_replica, "_name", lambda: "me")
+    monkeypatch.setattr(ray_replica, "answer_messages", answered)
+    replica._engine.state, replica._app = state, None
+
+    async def all_of() -> list[Any]:
+        return [batch async for batch in replica.answer(HttpRequest({}, b"", (), declined_by))]
+
+    assert asyncio.run(all_of()) == answer
 
 
 def test_an_engine_that_failed_is_the_end_of_its_replica(replica: Any) -> None:
