@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shlex
 import shutil
@@ -9,9 +11,11 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from deployed import server_settings
+from fake_engine import FakeEngine, serving
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
@@ -112,6 +116,32 @@ def test_what_the_documents_tell_to_run_is_what_the_server_takes() -> None:
     flags = re.findall(r"docker run .* gqa-serve:(?:cpu|cuda) (--.*)", joined)
     assert len(flags) == 5
     assert all(server_settings(shlex.split(words), {})[0].model for words in flags)
+
+
+@pytest.mark.parametrize("dockerfile", DOCKERFILES)
+def test_the_health_check_asks_this_server_and_no_proxy(dockerfile: str) -> None:
+    """Docker hands the proxy of its own settings to every container."""
+    (line,) = (line for line in instructions(dockerfile) if line.startswith("HEALTHCHECK "))
+    python, *words = json.loads(line.partition(" CMD ")[2])
+    assert python == "python3"
+
+    def status(port: int | None) -> int:
+        environ = os.environ | {
+            "GQA_SERVE_PORT": str(port),
+            "http_proxy": "http://127.0.0.1:9",
+            "no_proxy": "",
+        }
+        return subprocess.run(
+            [sys.executable, *words], env=environ, capture_output=True, check=False
+        ).returncode
+
+    engine = FakeEngine()
+    with serving(engine) as server:
+        port = urlsplit(server.url).port
+        assert status(port) == 0
+        engine.state = "failed"
+        assert status(port) != 0
+    assert status(port) != 0
 
 
 @pytest.mark.parametrize("dockerfile", DOCKERFILES)
