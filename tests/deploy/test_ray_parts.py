@@ -461,3 +461,5 @@ def test_the_documented_files_fit_rays_schema_and_our_settings() -> None:
         for application in deployed.applications:
             assert application.import_path == "gqa_serve.deploy.ray_app:app"
             app(application.args)
+    silent = ServeDeploySchema.model_validate({"applications": []})
+    assert silent.http_options.host == "0.0.0.0"  # as the example says of Ray's default
