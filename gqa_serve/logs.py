@@ -19,7 +19,8 @@ from gqa_serve.unblocked import unblocked
 _FORMAT = "%(asctime)s %(levelname)-7s %(name)s{}: %(message)s"
 _LOST = "%d messages could not be written here."
 # Libraries whose own chatter at "info" says nothing an operator needs.
-_QUIET = ("httpx2", "httpcore2", "huggingface_hub", "uvicorn", "asyncio", "sse_starlette", "filelock")
+_CLIENTS = ("httpx2", "httpcore2", "httpx", "httpcore")  # the last two: of huggingface_hub before 2
+_QUIET = (*_CLIENTS, "huggingface_hub", "uvicorn", "asyncio", "sse_starlette", "filelock")
 
 
 class JsonFormatter(logging.Formatter):

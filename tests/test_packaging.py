@@ -106,3 +106,15 @@ def test_a_release_trusts_no_moving_target() -> None:
     assert workflow["jobs"]["publish"]["environment"] == "pypi"
     assert [name for name, job in workflow["jobs"].items() if "id-token" in job["permissions"]] == ["publish"]
     assert "secrets." not in WORKFLOW.read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(not WORKFLOW.exists(), reason="an sdist has no workflows")
+def test_what_the_packages_bring_is_published_with_them() -> None:
+    """The index takes no SBOM, and an artifact of a workflow is deleted after some weeks."""
+    jobs = yaml.safe_load(WORKFLOW.read_text(encoding="utf-8"))["jobs"]
+    assert [name for name, job in jobs.items() if job["permissions"].get("contents") == "write"] == ["page"]
+    assert jobs["page"]["needs"] == "publish"  # and so, as that, only for a tag
+    assert jobs["publish"]["if"] == "github.event_name == 'push'"
+    *fetched, made = jobs["page"]["steps"]
+    assert [step["with"]["path"] for step in fetched] == ["dist", "sbom"]
+    assert made["run"].endswith("dist/* sbom/*.cdx.json\n")

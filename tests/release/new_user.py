@@ -142,14 +142,34 @@ def fetched(url: str, body: dict[str, Any] | None = None) -> str:
 
 
 def served(model: Path) -> str:
-    """Eight tokens, as text, that a server with the settings of a newcomer writes; the page beside it."""
-    with server("--model", str(model)) as url:
+    """Eight tokens, as text, that a server writes; its page and its other ways to answer beside it."""
+    with server("--model", str(model), "--cors-origins", "https://chat.example.org") as url:
         check("<title" in fetched(f"{url}/"), "the page at / is served")
         check("<title" in fetched(f"{url}/docs"), "the documentation of the API is served")
-        body = {"model": fetched_model(url), "prompt": PROMPT, "max_tokens": 8, "temperature": 0}
+        check('"openapi"' in fetched(f"{url}/openapi.json"), "the description of the API is served")
+        check("gqa_serve_" in fetched(f"{url}/metrics"), "metrics are served")
+        name = fetched_model(url)
+        body = {"model": name, "prompt": PROMPT, "max_tokens": 8, "temperature": 0}
         text = json.loads(fetched(f"{url}/v1/completions", body))["choices"][0]["text"]
+        chat = {"model": name, "messages": [{"role": "user", "content": PROMPT}], "max_tokens": 8}
+        stream = fetched(f"{url}/v1/chat/completions", chat | {"stream": True})
+        check(stream.endswith("data: [DONE]\n\n"), "a chat streams")
+        schema = {"type": "json_schema", "json_schema": {"name": "word", "schema": {"const": "yes"}}}
+        formed = json.loads(fetched(f"{url}/v1/chat/completions", chat | {"response_format": schema}))
+        check(formed["choices"][0]["message"]["content"] == '"yes"', "a schema is enforced")
     check(len(text) > 0, f"the server answers: {text!r}")
     return str(text)
+
+
+def told_without_a_hub() -> None:
+    """A model on a hub that cannot be reached."""
+    environ = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+    result = subprocess.run(
+        [command(), "--model", "nobody/nothing", "--port", "0"],
+        capture_output=True, text=True, env=environ, check=False,
+    )  # fmt: skip
+    told = result.returncode != 0 and "HF_ENDPOINT" in result.stderr and "Traceback" not in result.stderr
+    check(told, f"a hub that cannot be reached is told in words: {result.stderr.strip()}")
 
 
 def fetched_model(url: str) -> str:
@@ -191,6 +211,7 @@ def main() -> None:
     check("--model" in printed("--help"), "gqa-serve --help lists --model")
     levels = native_levels()
     check(bool(levels) == (backend == "native"), f"kernels for {levels or 'plain PyTorch'}, as expected")
+    told_without_a_hub()
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder)
         write_checkpoint(model)

@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from gqa_serve import __version__
 
@@ -164,6 +165,25 @@ def test_the_extension_brings_no_library_along(wheel: Path, tmp_path: Path) -> N
 def test_a_new_user_with_the_wheel() -> None:
     """In the environment that `make dist` made from nothing but the wheel and its dependencies."""
     assert "ok: the server answers" in run(VENV / "bin" / "python", NEW_USER, "--backend", "native")
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="the oldest NumPy is older than this Python")
+def test_a_new_user_with_the_oldest_versions_that_are_allowed(wheel: Path, tmp_path: Path) -> None:
+    """The lower ends of pyproject.toml's ranges hold, all at once. Not PyTorch's: it would be gigabytes."""
+    required = [Requirement(line) for line in metadata_of(wheel).get_all("Requires-Dist", [])]
+    oldest = {
+        requirement.name: specifier.version
+        for requirement in required
+        for specifier in requirement.specifier
+        if specifier.operator == ">="
+        and (requirement.marker is None or requirement.marker.evaluate({"extra": ""}))
+    }
+    assert len(oldest) > 15
+    del oldest["torch"]
+    pins = [f"{name}=={version}" for name, version in oldest.items()]
+    python, folder = VENV / "bin" / "python", tmp_path / "oldest"
+    run(python, "-m", "pip", "install", "--quiet", "--only-binary", ":all:", "--target", folder, *pins)
+    assert "ok: the server answers" in run(python, NEW_USER, "--backend", "native", PYTHONPATH=str(folder))
 
 
 def test_a_new_user_on_a_system_without_kernels(pure_wheel: Path) -> None:

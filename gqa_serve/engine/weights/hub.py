@@ -21,7 +21,6 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-import httpx2
 from huggingface_hub import HfApi, constants, get_token, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -32,6 +31,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # its own: httpx2, before 2 httpx
 from huggingface_hub.utils.tqdm import tqdm
 
 from gqa_serve.engine.weights.checkpoint import require_gguf_file
@@ -71,7 +71,7 @@ SMALL_FILES = (
 )
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 RETRY_DELAYS_S = (1.0, 3.0)  # between attempts; each one resumes with what is already in the cache
-_UNREACHABLE = (httpx2.TransportError, OfflineModeIsEnabled)
+_UNREACHABLE = (httpx.TransportError, OfflineModeIsEnabled)
 _WEIGHT_SUFFIXES = frozenset({".gguf", ".safetensors", ".bin", ".pt", ".pth"})
 _Result = TypeVar("_Result")
 
@@ -266,9 +266,9 @@ class _Hub:
         for delay_s in RETRY_DELAYS_S:
             try:
                 return download()
-            except httpx2.ConnectError:
+            except httpx.ConnectError:
                 raise  # nothing listens there: waiting seconds will not change it
-            except httpx2.TransportError as error:
+            except httpx.TransportError as error:
                 cause = type(error).__name__
             except HfHubHTTPError as error:
                 if error.response.status_code < 500:
