@@ -18,8 +18,8 @@ from gqa_serve.engine.model_config import ModelConfig
 from gqa_serve.engine.models import family_of
 from gqa_serve.engine.models.family import parameter_shapes
 from gqa_serve.engine.weights.checkpoint import is_gguf_file, read_json_object
-from gqa_serve.engine.weights.quantized_checkpoint import CONFIG_KEY
-from gqa_serve.engine.weights.quantized_formats import Awq, Gptq, PackQuantized, format_of
+from gqa_serve.engine.weights.quantized_checkpoint import CONFIG_KEY, without_quantization
+from gqa_serve.engine.weights.quantized_formats import Awq, Gptq, PackQuantized, QuantizedFormat
 from gqa_serve.errors import ConfigError, ModelError
 from gqa_serve.workbench.kernel_cost import BF16, FLOAT32, FP8, WeightFormat
 
@@ -101,18 +101,15 @@ def read_model(model: str, *, revision: str | None = None, offline: bool = False
 
 
 def _from_config(model: str, raw: Mapping[str, Any], file: Path) -> ModelSource:
-    quantized = raw.get(CONFIG_KEY)
-    config = ModelConfig.from_hf({name: value for name, value in raw.items() if name != CONFIG_KEY})
-    if quantized is None:
+    plain, stored = without_quantization(raw, file)
+    config = ModelConfig.from_hf(plain)
+    if stored is None:
         return ModelSource(model, config)
-    if not isinstance(quantized, Mapping):
-        raise ModelError(f"{file}: {CONFIG_KEY} is not an object; download it again.")
-    return ModelSource(model, config, weights=_stored_format(quantized, file), head=BF16)
+    return ModelSource(model, config, weights=_stored_format(stored, raw[CONFIG_KEY]), head=BF16)
 
 
-def _stored_format(quantized: Mapping[str, Any], file: Path) -> WeightFormat:
+def _stored_format(stored: QuantizedFormat, quantized: Mapping[str, Any]) -> WeightFormat:
     """Of the linear layers; a group has a scale of 2 bytes, and as much for its zero point if it has one."""
-    stored = format_of(quantized, str(file))
     if isinstance(stored, Awq):
         return WeightFormat("awq int4", 4, stored.group, 4)
     if isinstance(stored, Gptq):

@@ -3,7 +3,8 @@
 Owns the choice between demo, local path and hub id, which files of a hub repository are needed, and
 the wording of every way a download can fail. huggingface_hub does the transfer: cache layout, resuming,
 tokens (`HF_TOKEN`), `HF_ENDPOINT`, `HF_HUB_OFFLINE`. Does not open checkpoints. Invariant: only config,
-tokenizer and safetensors files are ever fetched, and a returned directory has all its weight files.
+tokenizer and safetensors files are ever fetched, weights only of a model whose config.json can be served, and
+a returned directory has all its weight files.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # its own: httpx2, before 2 httpx
 from huggingface_hub.utils.tqdm import tqdm
 
-from gqa_serve.engine.weights.checkpoint import require_gguf_file
+from gqa_serve.engine.weights.checkpoint import read_json_object, require_gguf_file
 from gqa_serve.engine.weights.safetensors import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -91,7 +92,8 @@ def resolve_model(
     order. `revision`: branch, tag or commit of a hub id. `download_dir`: the hub cache to use (None:
     huggingface_hub's own). `token`: overrides `HF_TOKEN`. `offline`: use only what is cached.
     `progress`: show a bar if stderr is a terminal. Raises `ModelError`, or `HubError` for the hub,
-    `ConfigError` for a revision of something local; what is returned has weights and, if a directory, a
+    `ConfigError` for a revision of something local. A model on the hub whose config.json cannot be served is
+    refused before its weights are fetched; what is returned otherwise has weights and, if a directory, a
     config.json, though neither has been read.
     """
     local = find_local(model)
@@ -153,6 +155,14 @@ def _complete(folder: Path, cure: str) -> Path:
     if not (folder / "config.json").exists():
         raise ModelError(f"{folder / 'config.json'} is missing; {cure}")
     return folder
+
+
+def _require_served(config_file: Path) -> None:
+    """Raises `ModelError` for what opening the checkpoint would refuse by its config.json alone."""
+    from gqa_serve.engine.model_config import ModelConfig
+    from gqa_serve.engine.weights.quantized_checkpoint import without_quantization
+
+    ModelConfig.from_hf(without_quantization(read_json_object(config_file), config_file)[0])
 
 
 def _demo_file() -> Path:
@@ -283,6 +293,7 @@ class _Hub:
         info = self.api.model_info(self.repo_id, revision=self.revision, files_metadata=True)
         files = {entry.rfilename: entry.size or 0 for entry in info.siblings or []}
         wanted = self._needed_files(files)
+        _require_served(Path(self._one_file("config.json")))
         total_bytes = sum(files[name] for name in wanted)
         logger.info("fetching %s: %d files, %.1f MiB", self.what, len(wanted), total_bytes / 2**20)
         folder = snapshot_download(

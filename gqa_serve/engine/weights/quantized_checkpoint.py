@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from gqa_serve.engine.weights.checkpoint import Checkpoint
 from gqa_serve.engine.weights.quantized_formats import QuantizedFormat, format_of
@@ -21,6 +22,22 @@ if TYPE_CHECKING:
     import torch
 
 CONFIG_KEY = "quantization_config"
+
+
+def without_quantization(
+    raw_config: Mapping[str, Any], file: Path
+) -> tuple[dict[str, Any], QuantizedFormat | None]:
+    """The config of the unquantized model, and the format its `quantization_config` describes, if any.
+
+    Raises UnsupportedModelError, which names `file`, for one that is not served.
+    """
+    config = raw_config.get(CONFIG_KEY)
+    rest = {name: value for name, value in raw_config.items() if name != CONFIG_KEY}
+    if config is None:
+        return rest, None
+    if not isinstance(config, Mapping):
+        raise UnsupportedModelError(f"{file}: {CONFIG_KEY} is not an object; download it again.")
+    return rest, format_of(config, str(file))
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,12 +64,10 @@ class QuantizedCheckpoint(Checkpoint):
         self.path = stored.path
         self.generation_config = stored.generation_config
         self.weight_bytes = stored.weight_bytes
-        self.raw_config = {name: value for name, value in stored.raw_config.items() if name != CONFIG_KEY}
-        config = stored.raw_config[CONFIG_KEY]
-        if not isinstance(config, Mapping):
-            raise UnsupportedModelError(f"{self.path}: {CONFIG_KEY} is not an object; download it again.")
         self._stored = stored
-        self._format = format_of(config, str(self.path / "config.json"))
+        self.raw_config, found = without_quantization(stored.raw_config, self.path / "config.json")
+        assert found is not None
+        self._format = found
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._parts: dict[str, str] = {}  # tensor -> its matrix
         self._wanted: dict[str, frozenset[str]] = {}  # matrix -> its tensors' suffixes

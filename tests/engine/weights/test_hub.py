@@ -26,7 +26,18 @@ from gqa_serve.engine.weights.hub import demo_defaults, resolve_model
 from gqa_serve.errors import ConfigError, HubError, ModelError
 
 ID = "someone/tiny"
-CONFIG = b'{"model_type": "llama"}'
+CONFIG_FIELDS: dict[str, object] = {
+    "model_type": "llama",
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+}
+CONFIG = json.dumps(CONFIG_FIELDS).encode()
 
 
 def weights(seed: int = 0, names: tuple[str, ...] = ("a.weight",), size: int = 16) -> bytes:
@@ -277,6 +288,28 @@ def test_repositories_without_usable_weights(
     with pytest.raises(HubError, match=sentence):
         fetch(tmp_path)
     assert not any(name.endswith((".bin", ".gguf", ".safetensors")) for name in server.downloads())
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        (
+            {"architectures": ["MixtralForCausalLM"]},
+            "'MixtralForCausalLM' is not supported; supported: Llama",
+        ),
+        ({"hidden_act": "relu2"}, "hidden_act = 'relu2' is not supported"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "'bitsandbytes' is not served"),
+        ({"num_attention_heads": None}, "num_attention_heads"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_before_its_weights_are_fetched(
+    server: HubServer, tmp_path: Path, fields: dict[str, object], sentence: str
+) -> None:
+    repo = server.repos[ID] = single_repo()
+    repo.files["config.json"] = json.dumps(CONFIG_FIELDS | fields).encode()
+    with pytest.raises(ModelError, match=sentence):
+        fetch(tmp_path)
+    assert server.downloads() == ["config.json"]
 
 
 def test_full_disk_and_unwritable_cache(
