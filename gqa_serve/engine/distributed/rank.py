@@ -95,15 +95,15 @@ def main(fd: int, lifeline: int) -> int:
         sock.sendall(framed(report))
 
     try:
-        runner = load_part(join, orders, say)
-    except (GqaServeError, MemoryError) as error:
-        say(Refused(str(error) or "There is not enough memory to load the model."))
-        return 1
-    try:
+        try:
+            runner = load_part(join, orders, say)
+        except (GqaServeError, MemoryError) as error:
+            say(Refused(str(error) or "There is not enough memory to load the model."))
+            return 1
         if runner is not None:
             follow(runner, orders)
     except Exception:
-        logger.exception("This tensor-parallel rank failed.")
+        logger.exception("This tensor-parallel rank failed.")  # as a line of the log, whatever its format is
         return 1
     return 0
 

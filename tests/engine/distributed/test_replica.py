@@ -98,6 +98,15 @@ def test_company_changes_no_bit(tiny: Path) -> None:
     made.close()
 
 
+def test_a_restarted_replica_has_the_blocks_it_had(tiny: Path) -> None:
+    made = load_runner(tiny, EngineConfig(**SETTINGS, tensor_parallel_size=2), num_blocks=9)
+    assert isinstance(made, ReplicaRunner)
+    try:
+        assert made.info.num_blocks == 9
+    finally:
+        made.close()
+
+
 def test_a_rank_that_dies_ends_the_replica(runner: ReplicaRunner) -> None:
     engine = Engine(runner, EngineConfig(**SETTINGS))
     engine.add(request("a", [5, 6, 7], max_tokens=200))
