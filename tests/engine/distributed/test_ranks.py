@@ -11,6 +11,7 @@ import pytest
 import rank_tasks
 import torch
 from gguf_files import base_metadata, convert_tensors, write_gguf
+from quantized_files import FORMATS, write_quantized
 from rank_pool import RankPool
 from tiny import FAMILIES, tiny_checkpoint, tiny_model
 
@@ -93,6 +94,13 @@ def test_quantized_blocks_stay_as_they_are(blocks: str, pool: RankPool, tmp_path
     for (got,) in pool.run(rank_tasks.logits_of, path, "native as stored", prompts, False):
         error = np.abs(got - whole[0]).max() / whole[0].std()
         assert error < 0.1
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_quantized_files_are_cut_within_their_groups(name: str, pool: RankPool, tmp_path: Path) -> None:
+    """Four ranks have 32 and 16 of the 96 inputs of the output projection, and rows within fp8's blocks."""
+    write_quantized(tmp_path, tiny_model("llama", **sizes_of(6, 3)), name)
+    check(pool, tmp_path, "reference", ragged=False)
 
 
 def test_each_rank_holds_its_part_alone(four_ranks: RankPool, tmp_path: Path) -> None:
