@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 _PATIENCE = datetime.timedelta(
     hours=1
@@ -44,8 +45,12 @@ class RankGroup:
         self.gather_numbers(rank)  # a rank may still be reading the file when others have done with it
 
     def close(self) -> None:
-        """Leave the group."""
-        dist.destroy_process_group()
+        """Leave the group, whether or not the others are still there."""
+        if self.device.type == "cuda":
+            # Destroying waits for sums under way, and may wait for other ranks: for ever, if they are dead.
+            distributed_c10d._abort_process_group()
+        else:
+            dist.destroy_process_group()
 
     def add_up(self, x: torch.Tensor) -> None:
         """x becomes the sum of all ranks' x, in place."""

@@ -54,9 +54,15 @@ logger = logging.getLogger(__name__)
 
 _GRACE_S = 5.0  # for this process to see by itself that a rank is gone, and to say why, before `on_loss`
 _EXIT_TIMEOUT_S = 5.0
+_CLOSE_TIMEOUT_S = 30.0  # for `OtherRanks.close` after a loss, which may wait in a library, before `on_loss`
 
 Log = tuple[str, str]
 """Level and format."""
+
+
+def _warn(reason: str) -> None:
+    """All that can be done for a process that is not ours to end."""
+    logger.error("%s If this process waits for that rank, it has to be ended.", reason)
 
 
 def load_runner(
@@ -67,13 +73,13 @@ def load_runner(
     placement: Placement = ALONE,
     num_blocks: int | None = None,
     log: Log = ("warning", "text"),
-    on_loss: Callable[[str], None] = lambda reason: None,
+    on_loss: Callable[[str], None] = _warn,
 ) -> Runner:
     """The model at `path`, over as many processes as `config` says; raises as `ModelRunner` does.
 
     `placement` is this process's among replicas, `num_blocks` as in `ModelRunner`. `on_loss` is called, from
     another thread, with a sentence when a rank has died and this process, which may wait for it, did not
-    notice.
+    notice; without it the sentence is a line of the log.
     """
     if config.tensor_parallel_size == 1:
         return ModelRunner(path, config, on_tensor, placement=placement, num_blocks=num_blocks)
@@ -171,6 +177,7 @@ class OtherRanks:
         self._sockets: list[socket.socket] = []
         self._lifeline, self._held = os.pipe()  # others read the one, and live while we hold the other
         self._closing = threading.Event()
+        self._closed = threading.Event()
         self._here: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._lost = threading.Event()
         self._loss: str | None = None
@@ -212,7 +219,7 @@ class OtherRanks:
         self._loss = self._loss or reason
         self._lost.set()
         self._here.put(False)
-        if not self._closing.wait(_GRACE_S):
+        if not (self._closing.wait(_GRACE_S) and self._closed.wait(_CLOSE_TIMEOUT_S)):
             self._on_loss(reason)
 
     def wait_for_all(self) -> None:
@@ -258,3 +265,4 @@ class OtherRanks:
             sock.close()
         if self.group is not None:
             self.group.close()
+        self._closed.set()

@@ -6,7 +6,9 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from gqa_serve.config import EngineConfig
 from gqa_serve.engine.backends import native_is_built
 from gqa_serve.engine.batch import PlanRow, StepPlan
 from gqa_serve.engine.core import Engine
+from gqa_serve.engine.distributed import replica
 from gqa_serve.engine.distributed.replica import OtherRanks, ReplicaRunner, load_runner
 from gqa_serve.engine.model_runner import ModelRunner
 from gqa_serve.errors import ConfigError, RanksLostError
@@ -176,6 +179,41 @@ def test_a_process_that_does_not_notice_is_told(tiny: Path) -> None:
     assert told.wait(60)
     assert "ended with status -9" in reasons[0]
     made.close()
+
+
+def test_a_process_that_waits_while_it_leaves_the_group_is_told(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one whose library waits for the others before it lets go."""
+    monkeypatch.setattr(replica, "_CLOSE_TIMEOUT_S", 0.1)
+    told, let_go = threading.Event(), threading.Event()
+    config = EngineConfig(**SETTINGS, tensor_parallel_size=2)
+    made = load_runner(tiny, config, on_loss=lambda reason: told.set())
+    assert isinstance(made, ReplicaRunner)
+    leave = made._group.close
+    monkeypatch.setattr(made._group, "close", lambda: (let_go.wait(120), leave()))
+    (rank,) = ranks_of_this_process()
+    rank.send_signal(signal.SIGKILL)
+    with ThreadPoolExecutor(1) as pool:
+        step = pool.submit(made.execute, StepPlan([PlanRow([5], 0, [0], 1)]))
+        try:
+            assert told.wait(60)
+            assert not step.done()
+        finally:
+            let_go.set()
+        assert isinstance(step.exception(60), RanksLostError)
+
+
+def test_a_process_that_is_not_to_be_ended_gets_a_line_in_its_log(
+    runner: ReplicaRunner, caplog: pytest.LogCaptureFixture
+) -> None:
+    (rank,) = ranks_of_this_process()
+    rank.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while "has to be ended" not in caplog.text:
+        assert time.monotonic() < deadline, "nothing was said"
+        time.sleep(0.05)
+    assert "ended with status -9" in caplog.text
 
 
 def test_a_rank_that_cannot_start_is_an_error(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
