@@ -210,10 +210,8 @@ class OtherRanks:
                 self._here.put(True)
             else:
                 reason = report.message
-        if reason is None:
-            reason = (
-                f"Tensor-parallel rank {rank} (process {process.pid}) ended with status {process.wait()}."
-            )
+        end = _end_of(process)
+        reason = reason or f"Tensor-parallel rank {rank} (process {process.pid}) {end}."
         if self._closing.is_set():
             return
         self._loss = self._loss or reason
@@ -256,13 +254,22 @@ class OtherRanks:
         os.close(self._held)
         os.close(self._lifeline)
         for process in self._processes:
-            try:
-                process.wait(_EXIT_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            _end_of(process)
         for sock in self._sockets:
             sock.close()
         if self.group is not None:
             self.group.close()
         self._closed.set()
+
+
+def _end_of(process: subprocess.Popen[bytes]) -> str:
+    """How a rank ended that has nothing left to do; one that a library does not let go is killed.
+
+    Others may wait for it until its process is gone.
+    """
+    try:
+        return f"ended with status {process.wait(_EXIT_TIMEOUT_S)}"
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        return "failed, did not end, and was killed"

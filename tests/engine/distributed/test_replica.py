@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -216,6 +217,31 @@ def test_a_process_that_is_not_to_be_ended_gets_a_line_in_its_log(
     assert "ended with status -9" in caplog.text
 
 
+def test_a_rank_that_fails_but_cannot_end_is_killed(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one whose library waits for the other ranks on the way out, while they wait for it."""
+    fault = (
+        "import atexit, sys, time; import gqa_serve.engine.distributed.rank as rank\n"
+        "def fail(runner, orders): orders.next(); raise MemoryError('planted')\n"
+        "rank.follow = fail; atexit.register(time.sleep, 600)\n"
+        "sys.exit(rank.main(int(sys.argv[1]), int(sys.argv[2])))"
+    )
+    monkeypatch.setattr(OtherRanks, "command", [sys.executable, "-c", fault])
+    monkeypatch.setattr(replica, "_EXIT_TIMEOUT_S", 0.5)
+    made = load_runner(tiny, EngineConfig(**SETTINGS, tensor_parallel_size=2))
+    assert isinstance(made, ReplicaRunner)
+    (rank,) = ranks_of_this_process()
+    with ThreadPoolExecutor(1) as pool:
+        step = pool.submit(made.execute, StepPlan([PlanRow([5], 0, [0], 1)]))
+        try:
+            error = step.exception(60)
+        finally:
+            with contextlib.suppress(psutil.NoSuchProcess):  # as it should be
+                rank.kill()
+    assert isinstance(error, RanksLostError)
+    assert f"rank 1 (process {rank.pid}) failed, did not end, and was killed" in str(error)
+    assert ranks_of_this_process() == []
+
+
 def test_a_rank_that_cannot_start_is_an_error(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(OtherRanks, "command", [sys.executable, "-c", "raise SystemExit(3)"])
     with pytest.raises(RanksLostError, match="ended with status 3"):
@@ -225,7 +251,8 @@ def test_a_rank_that_cannot_start_is_an_error(tiny: Path, monkeypatch: pytest.Mo
 
 def test_a_rank_that_cannot_load_says_why(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fault = (
-        "import sys; from gqa_serve.engine.distributed import rank; from gqa_serve.errors import ModelError\n"
+        "import sys; import gqa_serve.engine.distributed.rank as rank\n"  # which names the process
+        "from gqa_serve.errors import ModelError\n"
         "def fail(*args, **more): raise ModelError('The disk of this rank is gone.')\n"
         "rank.%s = fail; sys.exit(rank.main(int(sys.argv[1]), int(sys.argv[2])))"
     )
