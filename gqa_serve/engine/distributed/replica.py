@@ -210,8 +210,13 @@ class OtherRanks:
                 self._here.put(True)
             else:
                 reason = report.message
-        end = _end_of(process)
-        reason = reason or f"Tensor-parallel rank {rank} (process {process.pid}) {end}."
+        status = _end_of(process)
+        if reason is None and status is None:
+            reason = (
+                f"Tensor-parallel rank {rank} (process {process.pid}) failed, did not end, and was killed."
+            )
+        elif reason is None:
+            reason = f"Tensor-parallel rank {rank} (process {process.pid}) ended with status {status}."
         if self._closing.is_set():
             return
         self._loss = self._loss or reason
@@ -262,14 +267,14 @@ class OtherRanks:
         self._closed.set()
 
 
-def _end_of(process: subprocess.Popen[bytes]) -> str:
-    """How a rank ended that has nothing left to do; one that a library does not let go is killed.
+def _end_of(process: subprocess.Popen[bytes]) -> int | None:
+    """The status of a rank that has nothing left to do; None for one that a library held: it is killed.
 
     Others may wait for it until its process is gone.
     """
     try:
-        return f"ended with status {process.wait(_EXIT_TIMEOUT_S)}"
+        return process.wait(_EXIT_TIMEOUT_S)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-        return "failed, did not end, and was killed"
+        return None
